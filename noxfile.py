@@ -1,0 +1,186 @@
+"""Every way of working on Drift, each a session: `nox -s NAME`; `nox --list` names them all.
+
+Sessions that run Drift's own code share one environment, built once by the session `workshop`; the others
+need one or two tools and have a small environment of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "lint", "types", "imports", "proto", "docs", "standalone"]
+
+ROOT = Path(__file__).parent
+PACKAGES = ("drift-scheduler", "drift-kernels", "drift-core", "drift-gateway")
+CONSTRAINTS = ("-c", "constraints.txt")
+# Installed first and by exactly this name: a looser spelling lets pip choose the largest build there is.
+TORCH = "torch==2.13.0"
+BUILD_TOOLS = ("hatchling",)
+TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "transformers")
+TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
+STUB_TOOLS = ("grpcio-tools==1.81.1", "buf-bin")
+
+WORKSHOP_BIN = ROOT / ".nox" / "workshop" / ("Scripts" if os.name == "nt" else "bin")
+
+
+@nox.session(default=False)
+def workshop(session: nox.Session) -> None:
+    """Build the environment that tests, types, docs, demo, serve and bench share."""
+    stamp = Path(session.virtualenv.location) / "installed-for"
+    wanted = _fingerprint()
+    if stamp.is_file() and stamp.read_text() == wanted:
+        session.log("the environment is up to date")
+        return
+    session.install(TORCH)
+    session.install(*CONSTRAINTS, *BUILD_TOOLS, *TEST_TOOLS, *TYPE_TOOLS)
+    editable = [word for name in PACKAGES for word in ("-e", f"packages/{name}")]
+    session.install(*CONSTRAINTS, "--no-build-isolation", *editable)
+    session.run("python", "-m", "pip", "check", silent=True)
+    stamp.write_text(wanted)
+
+
+@nox.session(python=False, requires=["workshop"])
+def tests(session: nox.Session) -> None:
+    """Run all tests; arguments after -- go to pytest."""
+    _in_workshop(session, "pytest", *session.posargs)
+
+
+@nox.session(python=False, requires=["workshop"])
+def types(session: nox.Session) -> None:
+    """Check the types of the four packages with mypy --strict."""
+    _in_workshop(session, "mypy", *session.posargs)
+
+
+@nox.session(python=False, requires=["workshop"])
+def docs(session: nox.Session) -> None:
+    """Run the commands of README and docs as written (see CONTRIBUTING, "Documentation that runs")."""
+    _in_workshop(session, "python", "tools/docs_commands.py", *session.posargs)
+
+
+@nox.session(python=False, requires=["workshop"])
+def demo(session: nox.Session) -> None:
+    """Serve the embedded model and stream a handful of concurrent requests to the terminal."""
+    _in_workshop(session, "python", "-m", "drift_gateway.demo", *session.posargs)
+
+
+@nox.session(python=False, requires=["workshop"])
+def serve(session: nox.Session) -> None:
+    """Run `drift serve`; arguments after -- go to it."""
+    _in_workshop(session, "drift", "serve", *session.posargs)
+
+
+@nox.session(python=False, requires=["workshop"])
+def bench(session: nox.Session) -> None:
+    """Run one benchmark: `nox -s bench -- cpu` runs bench/cpu.py; without a name, list them."""
+    names = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if not path.stem.startswith("_"))
+    if not session.posargs:
+        session.log("benchmarks: %s; run one with `nox -s bench -- NAME [options]`", ", ".join(names))
+        return
+    name, *options = session.posargs
+    if name not in names:
+        session.error(f"no benchmark {name!r}; there are: {', '.join(names)}")
+    _in_workshop(session, "python", f"bench/{name}.py", *options)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format with ruff; `nox -s lint -- fix` repairs what it can."""
+    session.install(*CONSTRAINTS, "ruff")
+    if session.posargs == ["fix"]:
+        session.run("ruff", "check", "--fix", ".")
+        session.run("ruff", "format", ".")
+        return
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Check who imports whom (the contracts are in pyproject.toml)."""
+    session.install(*CONSTRAINTS, "import-linter")
+    sources = os.pathsep.join(str(ROOT / "packages" / name / "src") for name in PACKAGES)
+    session.run("lint-imports", *session.posargs, env={"PYTHONPATH": sources})
+
+
+@nox.session
+def proto(session: nox.Session) -> None:
+    """Lint the wire API, write its Python stubs again and fail if that changed a file."""
+    session.install(*CONSTRAINTS, *STUB_TOOLS)
+    session.run("buf", "lint")
+    out = "packages/drift-gateway/src"
+    before = _stubs(out)
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "proto").rglob("*.proto"))
+    options = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
+    session.run("python", "-m", "grpc_tools.protoc", "-Iproto", *options, *sources)
+    after = _stubs(out)
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    if changed:
+        session.error(f"stubs differed from what proto/ says and were rewritten; commit {', '.join(changed)}")
+
+
+@nox.session(reuse_venv=False)
+def standalone(session: nox.Session) -> None:
+    """Install drift-scheduler's wheel, alone, and use it: no torch, no grpc, no other drift package."""
+    wheel = _build(session, "drift-scheduler", Path(session.create_tmp()))
+    session.install(*CONSTRAINTS, str(wheel))
+    session.install(*CONSTRAINTS, "pytest", "pytest-timeout", "hypothesis")
+    session.run("python", "tools/alone.py", "drift_scheduler", "torch", "grpc", "drift_core", "drift_kernels")
+    session.run("pytest", "packages/drift-scheduler/tests", *session.posargs)
+
+
+@nox.session(reuse_venv=False, default=False)
+def wheels(session: nox.Session) -> None:
+    """Build all four wheels; install each with nothing but what it declares, and import it."""
+    folder = Path(session.create_tmp())
+    built = {name: str(_build(session, name, folder)) for name in PACKAGES}
+    check = ("python", "tools/alone.py")
+    session.install(*CONSTRAINTS, built["drift-scheduler"])
+    session.run(*check, "drift_scheduler", "torch", "grpc", "drift_core", "drift_kernels")
+    session.run("python", "-m", "pip", "uninstall", "-qy", "drift-scheduler")
+    session.install(TORCH)
+    session.install(*CONSTRAINTS, built["drift-kernels"])
+    session.run(*check, "drift_kernels", "grpc", "drift_scheduler", "drift_core")
+    session.install(*CONSTRAINTS, *(built[name] for name in PACKAGES[:3]))
+    session.run(*check, "drift_core", "grpc", "drift_gateway")
+    session.install(*CONSTRAINTS, *built.values())
+    session.run(*check, "drift_gateway", "pytest", "transformers")
+    session.run("python", "-m", "pip", "check")
+    session.run("drift", "--help", silent=True)
+
+
+def _in_workshop(session: nox.Session, command: str, *arguments: str) -> None:
+    path = os.pathsep.join((str(WORKSHOP_BIN), os.environ.get("PATH", "")))
+    env = {"PATH": path, "VIRTUAL_ENV": str(WORKSHOP_BIN.parent)}
+    session.run(str(WORKSHOP_BIN / command), *arguments, env=env, external=True)
+
+
+def _fingerprint() -> str:
+    """Digest of every file that decides what the workshop holds."""
+    files = [ROOT / "noxfile.py", ROOT / "constraints.txt"]
+    files += [ROOT / "packages" / name / "pyproject.toml" for name in PACKAGES]
+    digest = hashlib.sha256(str(ROOT).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _stubs(folder: str) -> dict[str, bytes]:
+    found = (path for path in (ROOT / folder).rglob("*_pb2*") if path.suffix in {".py", ".pyi"})
+    return {str(path.relative_to(ROOT)): path.read_bytes() for path in found}
+
+
+def _build(session: nox.Session, name: str, folder: Path) -> Path:
+    """Build one wheel into an empty folder of its own; return its path."""
+    target = folder / name
+    shutil.rmtree(target, ignore_errors=True)
+    session.run("python", "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(target), f"packages/{name}")
+    (wheel,) = target.glob("*.whl")
+    return wheel
