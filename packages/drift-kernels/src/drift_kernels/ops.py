@@ -1,0 +1,82 @@
+"""One object per device and dtype that carries the ops a decoder needs, and the choice among implementations.
+
+Knows nothing of models, requests or lanes: an op runs on the thread that calls it, with as many threads as
+torch has on that thread (`torch.get_num_threads()`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from drift_kernels import reference
+from drift_kernels.inputs import AttentionInputs
+
+
+class Ops(Protocol):
+    """The ops of a decoder layer; `drift_kernels.reference` says what each computes. Threads may share one.
+
+    Every op raises ValueError, naming the argument, when shapes do not fit together.
+    """
+
+    @property
+    def description(self) -> str:
+        """One line for logs: which implementation, and why not a faster one."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor: ...
+
+    def apply_rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None: ...
+
+    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, inputs: AttentionInputs) -> Tensor: ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
+class ReferenceOps:
+    """The torch specification itself, for any device."""
+
+    def __init__(self, description: str = "torch reference") -> None:
+        self.description = description
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return reference.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return reference.add_rms_norm(x, residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return reference.silu_and_mul(gate_up)
+
+    def apply_rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.apply_rotary(q, k, cos, sin)
+
+    def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+        reference.write_kv(k, v, k_pages, v_pages, slots)
+
+    def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, inputs: AttentionInputs) -> Tensor:
+        return reference.attend(q, k_pages, v_pages, inputs)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return reference.linear(x, weight, bias)
+
+
+def select_ops(device: str, dtype: torch.dtype, *, native: bool | None = None) -> Ops:
+    """The fastest ops for tensors of `dtype` on `device` ("cpu", "cuda", "cuda:1").
+
+    native: True insists on compiled kernels, False on torch, None takes what there is. Raises ValueError for
+    a dtype no implementation carries.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype {dtype} is not supported; choose float32, bfloat16 or float16")
+    return ReferenceOps()
