@@ -23,7 +23,7 @@ PACKAGES = ("drift-scheduler", "drift-kernels", "drift-core", "drift-gateway")
 CONSTRAINTS = ("-c", "constraints.txt")
 # Installed first and by exactly this name: a looser spelling lets pip choose the largest build there is.
 TORCH = "torch==2.13.0"
-BUILD_TOOLS = ("hatchling",)
+BUILD_TOOLS = ("hatchling", "editables")
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "transformers")
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
 STUB_TOOLS = ("grpcio-tools==1.81.1", "buf-bin")
@@ -55,8 +55,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["workshop"])
 def types(session: nox.Session) -> None:
-    """Check the types of the four packages with mypy --strict."""
+    """Check the types of the four packages and of tools/ with mypy --strict."""
     _in_workshop(session, "mypy", *session.posargs)
+    _in_workshop(session, "mypy", "tools")
 
 
 @nox.session(python=False, requires=["workshop"])
@@ -153,7 +154,7 @@ def wheels(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, *built.values())
     session.run(*check, "drift_gateway", "pytest", "transformers")
     session.run("python", "-m", "pip", "check")
-    session.run("drift", "--help", silent=True)
+    session.run("drift", "--help")
 
 
 def _in_workshop(session: nox.Session, command: str, *arguments: str) -> None:
