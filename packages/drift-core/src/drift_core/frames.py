@@ -1,0 +1,250 @@
+"""What gateway and engine say to each other: typed frames, msgpack, each behind its length.
+
+Data only, and the codec. A frame is four bytes of big-endian length and then that many bytes of msgpack; what
+does not decode to one of the types below, or is longer than its cap, is refused, and nothing in it can name code
+to run. This module knows nothing of sockets, threads or models.
+
+Times are seconds on `time.monotonic()`, which both processes share. New fields go last and have defaults.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+import msgspec
+from drift_scheduler.errors import DriftError
+
+from drift_core.sampling_params import SamplingParams
+
+MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
+"""A prompt of a million tokens takes 5 MB."""
+
+HEADER_BYTES: Final = 4
+_HEADER: Final = struct.Struct(">I")
+
+
+class FrameError(DriftError):
+    """Bytes that are not a frame of ours, or a frame that is too long."""
+
+
+# ---------------------------------------------------------------------------------- gateway to engine
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """Generate one output for `prompt`.
+
+    `id` is unique among requests in flight. `sampling.n` is 1 and `sampling.stop` is empty: the gateway fans out
+    and looks for stop strings. `arrival`: when the gateway received the request. `priority`: lower is earlier.
+    Targets are seconds. Requests share cached prefixes only with those of the same `salt`.
+    """
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    slo_ttft: float
+    slo_tbt: float
+    slo_e2e: float | None
+    slo_class: str
+    priority: int
+    salt: str
+    arrival: float
+
+
+class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
+    """Stop working on a request; one that has ended already is no error.
+
+    `stop`: it has said enough (a stop string came), so it ends as STOP and not as CANCELLED.
+    """
+
+    id: str
+    stop: bool = False
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
+    """End the engine process in order."""
+
+
+# ---------------------------------------------------------------------------------- engine to gateway
+
+
+class Starting(msgspec.Struct, frozen=True, array_like=True, tag="starting"):
+    """Start-up is in `phase` ("load weights"), `fraction` of it done, 0 to 1; the first frame of a phase begins it."""
+
+    phase: str
+    fraction: float = 0.0
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """The engine takes requests from now on. `directory`: where model and tokenizer were read from.
+
+    `menu`: the partitions (prefill units, decode units). `kv_tokens`: positions the KV pool holds in all.
+    """
+
+    model: str
+    directory: str
+    pid: int
+    vocab_size: int
+    max_context: int
+    num_layers: int
+    dtype: str
+    device: str
+    units: int
+    menu: list[tuple[int, int]]
+    dispatch: str
+    partition: str
+    page_tokens: int
+    kv_pages: int
+    kv_tokens: int
+    max_running: int
+    slo_ttft: float
+    slo_tbt: float
+    eos_token_ids: list[int] = []
+
+
+class AcceptedItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The scheduler has queued a request behind `queue_position` others."""
+
+    id: str
+    queue_position: int = 0
+    cached_tokens: int | None = None
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of a sampled token, and the likeliest tokens beside it (id, log probability)."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class TokensItem(msgspec.Struct, frozen=True, array_like=True):
+    """One new token for each listed request; `first`: they are first tokens (all or none).
+
+    `logprobs`: by request id, for those that asked.
+    """
+
+    ids: list[str]
+    token_ids: list[int]
+    first: bool = False
+    logprobs: dict[str, TokenLogprob] | None = None
+
+
+class FinishedItem(msgspec.Struct, frozen=True, array_like=True):
+    """The end of a request; nothing about it follows. A token that ends it comes in the same frame.
+
+    `reason` is a `drift_scheduler.domain.FinishReason` value; times are on the engine's clock, `None` where the
+    request never got that far.
+    """
+
+    id: str
+    reason: str
+    message: str = ""
+    arrival: float = 0.0
+    scheduled: float | None = None
+    first_token: float | None = None
+    finished: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    tbt_max: float = 0.0
+    late_tokens: int = 0
+
+
+class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How full the engine is."""
+
+    waiting: int
+    running: int
+    free_pages: int
+    preemptions: int = 0
+
+
+class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """Everything one engine step has to tell, for all requests. `time`: of the step, and of its tokens.
+
+    `partition` (prefill units, decode units) and `sharing` are in force from `time` on, until the next frame;
+    `None` with both lanes idle. `prefill_requests` and `decode_requests`: in the lanes now, 0 for an idle lane.
+    """
+
+    time: float
+    accepted: list[AcceptedItem] = []
+    tokens: list[TokensItem] = []
+    finished: list[FinishedItem] = []
+    partition: tuple[int, int] | None = None
+    sharing: str | None = None
+    prefill_requests: int = 0
+    decode_requests: int = 0
+    load: LoadItem | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The engine cannot start or go on; it exits after this frame. `message` is one line for a person.
+
+    `usage`: the fault is in what it was asked to do (a missing checkpoint, an unknown policy), so starting it
+    again with the same configuration is no use.
+    """
+
+    message: str
+    usage: bool = True
+
+
+ToEngine = Submit | Cancel | Shutdown
+ToGateway = Starting | Ready | StepFrame | Failed
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_TO_ENGINE: Final = msgspec.msgpack.Decoder(ToEngine)
+_TO_GATEWAY: Final = msgspec.msgpack.Decoder(ToGateway)
+
+
+def encode_frame(frame: ToEngine | ToGateway) -> bytes:
+    """The frame's bytes, its length in front. Raises FrameError when it is longer than MAX_FRAME_BYTES."""
+    body = _ENCODER.encode(frame)
+    _check_length(len(body))
+    return _HEADER.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    """The frame in `body` (without its length). Raises FrameError when it is none of the gateway's."""
+    try:
+        return _TO_ENGINE.decode(body)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"not a frame from a gateway: {error}") from error
+
+
+def decode_to_gateway(body: bytes) -> ToGateway:
+    """The frame in `body` (without its length). Raises FrameError when it is none of the engine's."""
+    try:
+        return _TO_GATEWAY.decode(body)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"not a frame from an engine: {error}") from error
+
+
+class FrameSplitter:
+    """Cuts a byte stream into frame bodies, however the bytes arrive."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that `data` completes, in order. Raises FrameError on a length above the cap."""
+        buffer = self._buffer
+        buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(buffer) - start >= HEADER_BYTES:
+            (length,) = _HEADER.unpack_from(buffer, start)
+            _check_length(length)
+            stop = start + HEADER_BYTES + length
+            if len(buffer) < stop:
+                break
+            bodies.append(bytes(buffer[start + HEADER_BYTES : stop]))
+            start = stop
+        del buffer[:start]
+        return bodies
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {length} bytes is longer than the {MAX_FRAME_BYTES} allowed")

@@ -1,0 +1,463 @@
+"""Both ends of the Unix socket between gateway and engine: `EngineLink` (threads) and `EngineClient` (asyncio).
+
+The gateway listens on a socket of mode 0600 in a folder of mode 0700, then starts the engine, which connects;
+there is one connection. Either end learns from the socket's end, at once, that the other is gone. Nothing here
+knows what a frame means to a model or to a client of the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import tempfile
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from drift_scheduler.errors import DriftError
+
+from drift_core.frames import (
+    AcceptedItem,
+    Cancel,
+    Failed,
+    FinishedItem,
+    FrameError,
+    FrameSplitter,
+    Ready,
+    Shutdown,
+    Starting,
+    StepFrame,
+    Submit,
+    ToEngine,
+    ToGateway,
+    TokenLogprob,
+    decode_to_engine,
+    decode_to_gateway,
+    encode_frame,
+)
+
+READ_BYTES: Final = 256 * 1024
+MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
+"""Frames kept for a gateway that does not read; past it the gateway counts as gone."""
+
+MAX_LAG_TOKENS: Final = 65536
+"""Tokens kept for a client that does not read; past it the request is cancelled."""
+
+EXIT_STATUS_ORPHANED: Final = 70
+
+
+class EngineGone(DriftError):
+    """The engine process ended, or its socket did, with requests in it."""
+
+
+class EngineFailed(DriftError):
+    """The engine said in a `Failed` frame why it cannot start or go on; `usage` as there."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(failed.message)
+        self.usage = failed.usage
+
+
+# ------------------------------------------------------------------------------------------ engine side
+
+
+class EngineLink:
+    """The engine's end. `send` never waits: what the socket does not take at once, a thread sends later.
+
+    `inbox` gets every frame of the gateway on a reader thread. `closed` is called once, on such a thread, when
+    the gateway is gone. With `exit_after`, the process is ended that many seconds later in case it has not ended
+    itself (it may be loading weights, or stuck), so that no engine outlives its gateway.
+
+    Raises OSError when nobody listens at `path`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        inbox: Callable[[ToEngine], None],
+        closed: Callable[[], None],
+        exit_after: float | None = None,
+    ) -> None:
+        self._inbox = inbox
+        self._closed = closed
+        self._exit_after = exit_after
+        self._backlog: deque[memoryview] = deque()
+        self._backlog_bytes = 0
+        self._gone = False
+        self._closing = False
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(os.fspath(path))
+        self._reader = threading.Thread(target=self._read, name="drift-link-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="drift-link-writer", daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def send(self, frame: ToGateway) -> None:
+        """Hand a frame over; dropped when the gateway is gone. Raises FrameError on one that is too long."""
+        data = memoryview(encode_frame(frame))
+        with self._lock:
+            if self._gone or self._closing:
+                return
+            if not self._backlog:
+                data = data[self._send_now(data) :]
+            if data:
+                self._backlog.append(data)
+                self._backlog_bytes += len(data)
+                self._gone = self._gone or self._backlog_bytes > MAX_BACKLOG_BYTES
+                self._changed.notify()
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Send what is left, waiting at most `timeout` seconds for it, and close the socket."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._gone or not self._backlog, timeout)
+            self._closing = True
+            self._changed.notify_all()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the gateway closed it first
+        if threading.current_thread() is not self._reader:
+            self._reader.join(timeout)
+        self._writer.join(timeout)
+        self._socket.close()
+
+    def _send_now(self, data: memoryview) -> int:
+        """Bytes the socket took without waiting. The lock is held."""
+        try:
+            return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            self._gone = True  # the reader thread sees the end too, and reports it
+            self._changed.notify_all()
+            return len(data)
+
+    def _write(self) -> None:
+        """Body of the writer thread: wait for room while there is a backlog."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._backlog or self._gone or self._closing)
+                if self._gone or self._closing:
+                    break
+            select.select([], [self._socket], [], 1.0)
+            with self._lock:
+                while self._backlog and not self._gone:
+                    head = self._backlog[0]
+                    sent = self._send_now(head)
+                    self._backlog_bytes -= sent
+                    if sent < len(head):
+                        self._backlog[0] = head[sent:]
+                        break
+                    self._backlog.popleft()
+                if not self._backlog:
+                    self._changed.notify_all()
+        if self._gone:  # also ends the reader, which reports it
+            self._shut_socket()
+
+    def _shut_socket(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # closed already
+
+    def _read(self) -> None:
+        """Body of the reader thread: frames to the inbox until the socket ends or speaks nonsense."""
+        splitter = FrameSplitter()
+        try:
+            while data := self._socket.recv(READ_BYTES):
+                for body in splitter.feed(data):
+                    self._inbox(decode_to_engine(body))
+        except (OSError, FrameError):
+            self._shut_socket()
+        finally:
+            self._end_reading()
+
+    def _end_reading(self) -> None:
+        with self._changed:
+            self._gone = True
+            orderly = self._closing
+            self._changed.notify_all()
+        if orderly:
+            return
+        if self._exit_after is not None:
+            timer = threading.Timer(self._exit_after, os._exit, (EXIT_STATUS_ORPHANED,))
+            timer.daemon = True
+            timer.start()
+        self._closed()
+
+
+# ----------------------------------------------------------------------------------------- gateway side
+
+
+class Progress:
+    """What one request has to tell since it was last asked: tokens in order, each with its time.
+
+    `accepted` and `finished` are set once and stay.
+    """
+
+    __slots__ = ("accepted", "finished", "id", "logprobs", "times", "token_ids")
+
+    def __init__(self, request_id: str) -> None:
+        self.id = request_id
+        self.accepted: AcceptedItem | None = None
+        self.token_ids: list[int] = []
+        self.times: array[float] = array("d")
+        self.logprobs: list[TokenLogprob | None] | None = None
+        self.finished: FinishedItem | None = None
+
+    def take(self) -> tuple[list[int], array[float], list[TokenLogprob | None] | None]:
+        """Token ids, times and log probabilities that came since the last call."""
+        taken = self.token_ids, self.times, self.logprobs
+        self.token_ids, self.times, self.logprobs = [], array("d"), None
+        return taken
+
+
+class Submission:
+    """Requests submitted together, read by one task: `await changed()`, then look at each `Progress`.
+
+    However late the reader is, there is one set of tokens per request to take, not a queue of messages.
+    """
+
+    def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
+        self.requests = tuple(Progress(request_id) for request_id in request_ids)
+        self.lagging = False
+        """Whether the reader fell more than MAX_LAG_TOKENS behind, so that the requests were cancelled."""
+        self._client = client
+        self._error: DriftError | None = None
+        self._news = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def changed(self) -> None:
+        """Wait for news of any of the requests. Raises EngineGone when there will be none."""
+        if not self._news and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._news = False
+        if self._error is not None:
+            raise self._error
+
+    def cancel(self) -> None:
+        """Cancel those that have not ended, and hear no more of any."""
+        for request in self.requests:
+            self._client.forget(request.id, cancel=request.finished is None)
+
+    def notify(self) -> None:
+        """There is news."""
+        self._news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail(self, error: DriftError) -> None:
+        """There will be no more news."""
+        self._error = error
+        self.notify()
+
+
+class EngineClient:
+    """The gateway's end, on an asyncio loop. Made by `listen`; then the engine is started with `path`.
+
+    `on_step` sees every StepFrame, `on_starting` every start-up frame. `gone` is done once the socket has ended,
+    its result a line that says how.
+    """
+
+    def __init__(
+        self,
+        on_starting: Callable[[Starting], None] | None = None,
+        on_step: Callable[[StepFrame], None] | None = None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.gone: asyncio.Future[str] = loop.create_future()
+        self._ready: asyncio.Future[Ready] = loop.create_future()
+        self._on_starting = on_starting
+        self._on_step = on_step
+        self._directory = tempfile.TemporaryDirectory(prefix="drift-")
+        self.path = Path(self._directory.name) / "engine.sock"
+        self._server: asyncio.AbstractServer | None = None
+        self._transport: asyncio.Transport | None = None
+        self._in_flight: dict[str, tuple[Progress, Submission]] = {}
+
+    @classmethod
+    async def listen(
+        cls,
+        on_starting: Callable[[Starting], None] | None = None,
+        on_step: Callable[[StepFrame], None] | None = None,
+    ) -> EngineClient:
+        """A client whose socket exists, so that an engine can connect."""
+        client = cls(on_starting, on_step)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(os.fspath(client.path))
+        client.path.chmod(0o600)
+        loop = asyncio.get_running_loop()
+        client._server = await loop.create_unix_server(lambda: _ClientProtocol(client), sock=listener)
+        return client
+
+    async def ready(self) -> Ready:
+        """Wait until the engine takes requests. Raises EngineFailed or EngineGone when it never will."""
+        return await asyncio.shield(self._ready)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted that have not ended."""
+        return len(self._in_flight)
+
+    def in_flight_ids(self) -> list[str]:
+        """Their ids."""
+        return list(self._in_flight)
+
+    def submit(self, frames: Sequence[Submit]) -> Submission:
+        """Send requests that one reader will follow. Raises EngineGone, or FrameError on one too long.
+
+        Raises ValueError on an id that is in flight.
+        """
+        if self.gone.done() or self._transport is None:
+            raise EngineGone("the engine is not running")
+        for frame in frames:
+            if frame.id in self._in_flight:
+                raise ValueError(f"request id '{frame.id}' is in flight already")
+        data = b"".join(encode_frame(frame) for frame in frames)
+        submission = Submission(self, [frame.id for frame in frames])
+        for progress in submission.requests:
+            self._in_flight[progress.id] = (progress, submission)
+        self._transport.write(data)
+        return submission
+
+    def forget(self, request_id: str, cancel: bool) -> None:
+        """Hear no more of a request, and `cancel` it in the engine."""
+        self._in_flight.pop(request_id, None)
+        if cancel:
+            self._send(Cancel(request_id))
+
+    def stop(self, request_id: str) -> None:
+        """The request has said enough: the engine ends it as STOP, and reports its timing as it would anyway."""
+        self._send(Cancel(request_id, stop=True))
+
+    def shut_down(self) -> None:
+        """Ask the engine to end in order."""
+        self._send(Shutdown())
+
+    async def close(self) -> None:
+        """Close the socket and remove it; requests in flight fail with EngineGone."""
+        if self._server is not None:
+            self._server.close()
+        if self._transport is not None:
+            self._transport.abort()
+        self.end("the gateway closed the connection")
+        self._directory.cleanup()
+        await asyncio.sleep(0)
+
+    def end(self, reason: str) -> None:
+        """The engine is gone: every request in flight fails now."""
+        if self.gone.done():
+            return
+        self.gone.set_result(reason)
+        error = EngineGone(reason)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+        self._ready.exception()  # retrieved, whoever else waits for it
+        for _, submission in list(self._in_flight.values()):
+            submission.fail(error)
+        self._in_flight.clear()
+
+    def _send(self, frame: ToEngine) -> None:
+        if self._transport is not None and not self.gone.done():
+            self._transport.write(encode_frame(frame))
+
+    def connected(self, transport: asyncio.Transport) -> bool:
+        """An engine connected; `False` refuses a second one."""
+        if self._transport is not None or self.gone.done():
+            return False
+        self._transport = transport
+        if self._server is not None:
+            self._server.close()
+        return True
+
+    def receive(self, frame: ToGateway) -> None:
+        """Act on one frame of the engine."""
+        match frame:
+            case StepFrame():
+                self._deliver(frame)
+                if self._on_step is not None:
+                    self._on_step(frame)
+            case Starting():
+                if self._on_starting is not None:
+                    self._on_starting(frame)
+            case Ready():
+                if not self._ready.done():
+                    self._ready.set_result(frame)
+            case Failed():
+                if not self._ready.done():
+                    self._ready.set_exception(EngineFailed(frame))
+                self.end(frame.message)
+
+    def _deliver(self, frame: StepFrame) -> None:
+        in_flight = self._in_flight
+        touched: set[Submission] = set()
+        for accepted in frame.accepted:
+            if (found := in_flight.get(accepted.id)) is not None:
+                found[0].accepted = accepted
+                touched.add(found[1])
+        for item in frame.tokens:
+            for request_id, token_id in zip(item.ids, item.token_ids, strict=True):
+                if (found := in_flight.get(request_id)) is None:
+                    continue
+                progress, submission = found
+                progress.token_ids.append(token_id)
+                progress.times.append(frame.time)
+                if item.logprobs is not None:
+                    _append_logprob(progress, item.logprobs.get(request_id))
+                touched.add(submission)
+        for finished in frame.finished:
+            if (found := in_flight.pop(finished.id, None)) is not None:
+                found[0].finished = finished
+                touched.add(found[1])
+        for submission in touched:
+            if max(len(request.token_ids) for request in submission.requests) > MAX_LAG_TOKENS:
+                submission.lagging = True
+                submission.cancel()
+            submission.notify()
+
+
+def _append_logprob(progress: Progress, logprob: TokenLogprob | None) -> None:
+    """Keep the list as long as the token ids, whose latest has just been appended."""
+    if progress.logprobs is None:
+        progress.logprobs = [None] * (len(progress.token_ids) - 1)
+    progress.logprobs.append(logprob)
+
+
+class _ClientProtocol(asyncio.Protocol):
+    """Bytes of the engine's connection to frames for the client."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._splitter = FrameSplitter()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        if self._client.connected(transport):
+            self._transport = transport
+        else:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._splitter.feed(data):
+                self._client.receive(decode_to_gateway(body))
+        except (FrameError, ValueError) as error:
+            self._client.end(f"the engine sent nonsense: {error}")
+            if self._transport is not None:
+                self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is not None:
+            self._client.end("the engine process ended" if exc is None else f"the engine is gone: {exc}")
