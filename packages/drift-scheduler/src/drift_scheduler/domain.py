@@ -7,7 +7,7 @@ seconds on whatever clock the executor keeps, all sizes are tokens, pages or uni
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -184,7 +184,10 @@ class DecodeStep:
 class Gang:
     """The work launched together under one sharing.
 
-    While one lane is still busy a gang may carry work for the other lane alone, under the partition in force.
+    A spatial gang's partition gives both lanes units; while one lane is busy, a further spatial gang may carry
+    work for the other lane alone, under the partition in force. An exclusive gang carries one phase on
+    `Device.all_prefill` or `Device.all_decode`. Temporal and fused gangs carry both phases on the whole device
+    (`Device.all_decode`): both run in sequence, or in one pass, and no other gang starts until both are done.
     """
 
     sharing: Sharing
@@ -268,7 +271,10 @@ class DecodeDone:
 
 @dataclass(frozen=True, slots=True)
 class LaneFailed:
-    """A lane's work raised; every request in it ends as FAILED with `message`."""
+    """A lane's work raised; every request in it ends as FAILED with `message`.
+
+    A temporal or fused gang that fails before either phase is done fails in both lanes: one event each.
+    """
 
     lane: Lane
     message: str
@@ -365,13 +371,16 @@ Output = Accepted | Tokens | Finished
 class Step:
     """What one call of `Scheduler.step` decided: work for the device, news for clients, when to be woken.
 
-    `ended`: requests whose executor-side state can go (after the gang is submitted).
+    `ended`: requests whose executor-side state can go (after the gang is submitted). `faults`: what a policy
+    did wrong in this step, one line each; the built-in fallback decided instead.
     """
 
     gang: Gang | None = None
     outputs: tuple[Output, ...] = ()
     wake_at: float | None = None
     ended: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+    observations: tuple[Observation, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------- read-only views
@@ -448,4 +457,3 @@ class StepRecord:
     events: tuple[Event, ...]
     step: Step
     step_seconds: float | None = None
-    observations: tuple[Observation, ...] = field(default=())

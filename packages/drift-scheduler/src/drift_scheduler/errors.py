@@ -30,3 +30,10 @@ class OptionError(DriftError):
 
 class PluginError(DriftError):
     """A plugin that cannot be loaded, clashes with another or registers something unusable."""
+
+
+def positive(name: str, value: object) -> int:
+    """`value` if it is a positive whole number. Raises OptionError naming the option."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"option '{name}' is {value!r}, need a whole number of at least 1")
+    return value

@@ -71,7 +71,9 @@ class CostModel(Protocol):
     def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
         """Seconds for one mixed forward pass over both."""
 
-    def slowdown(self, prefill: PrefillShape, decode: DecodeShape, partition: Partition) -> tuple[float, float]:
+    def slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
         """Worst-case factors (prefill, decode), each at least 1, when both run under `partition`."""
 
     def observe(self, observation: Observation) -> None:

@@ -6,6 +6,7 @@ states, so it takes what it needs. Nothing here can change the scheduler.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from drift_scheduler.domain import (
@@ -15,6 +16,7 @@ from drift_scheduler.domain import (
     LaneView,
     Partition,
     PrefillBatch,
+    Sharing,
     Waiting,
 )
 
@@ -33,6 +35,10 @@ class View(Protocol):
     @property
     def partition(self) -> Partition | None:
         """The partition under a busy lane; `None` when both lanes are idle."""
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """The sharing in force under a busy lane; `None` when both lanes are idle."""
 
     @property
     def last_partition(self) -> Partition | None:
@@ -56,6 +62,9 @@ class View(Protocol):
 
     def waiting(self, limit: int) -> tuple[Waiting, ...]:
         """The first `limit` of them in queue order: part-way ones, then by priority and arrival."""
+
+    def find_waiting(self, request_ids: Sequence[str]) -> tuple[Waiting, ...]:
+        """Those of the named requests that are waiting for prefill."""
 
     def decode_step(self) -> DecodeStep | None:
         """The step over every decoding request, `None` when there are none or one is running."""

@@ -1,0 +1,165 @@
+"""The scheduler's own `View`: reads its state, changes none of it, and computes only what a policy asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from drift_scheduler.domain import (
+    DecodeStep,
+    Device,
+    FloatArray,
+    LaneView,
+    Partition,
+    PrefillBatch,
+    Sharing,
+    Waiting,
+)
+
+if TYPE_CHECKING:
+    from drift_scheduler.scheduler import Flight, Scheduler, Tracked
+
+IDLE = LaneView()
+
+
+class LiveView:
+    """See `drift_scheduler.view.View` for what each property means."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._s = scheduler
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget what was computed for an earlier decision."""
+        self._waiting: list[Waiting] = []
+        self._cursor = 0
+        self._newcomers = 0
+        self._step: DecodeStep | None = None
+        self._prefills: tuple[PrefillBatch, ...] | None = None
+
+    @property
+    def now(self) -> float:
+        """Seconds on the executor's clock."""
+        return self._s.now
+
+    @property
+    def device(self) -> Device:
+        """Units, menu, layers and sharings."""
+        return self._s.device
+
+    @property
+    def partition(self) -> Partition | None:
+        """The partition under a busy lane."""
+        return self._s.partition
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """The sharing under a busy lane."""
+        flight = self._s.decode_flight or self._s.prefill_flight
+        return None if flight is None else flight.gang.sharing
+
+    @property
+    def last_partition(self) -> Partition | None:
+        """The partition of the latest gang."""
+        gang = self._s.last_gang
+        return None if gang is None else gang.partition
+
+    @property
+    def prefill_lane(self) -> LaneView:
+        """What the prefill lane does."""
+        return _lane(self._s.prefill_flight)
+
+    @property
+    def decode_lane(self) -> LaneView:
+        """What the decode lane does."""
+        return _lane(self._s.decode_flight)
+
+    @property
+    def prefills(self) -> tuple[PrefillBatch, ...]:
+        """Batches under way, the active one last."""
+        if self._prefills is None:
+            self._prefills = tuple(batch.snapshot() for batch in self._s.batches)
+        return self._prefills
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that need prefill and are in no batch."""
+        return len(self._s.queue)
+
+    def waiting(self, limit: int) -> tuple[Waiting, ...]:
+        """The first `limit` that may be prefilled now: pages and `max_running` permitting newcomers."""
+        s = self._s
+        room = 0 if s.blocked_at is not None else s.limits.max_running - s.running
+        while len(self._waiting) < limit and self._cursor < len(s.queue):
+            tracked = s.live[s.queue[self._cursor][1]]
+            if not tracked.admitted:
+                if self._newcomers >= room:
+                    break
+                self._newcomers += 1
+            self._waiting.append(self._describe(tracked))
+            self._cursor += 1
+        return tuple(self._waiting[:limit])
+
+    def find_waiting(self, request_ids: Sequence[str]) -> tuple[Waiting, ...]:
+        """Those of the named requests that wait for prefill."""
+        seen = {w.request.id: w for w in self._waiting}
+        missing = [i for i in request_ids if i not in seen]
+        for request_id in missing:
+            tracked = self._s.live.get(request_id)
+            if tracked is not None and tracked.batch is None and tracked.row < 0:
+                seen[request_id] = self._describe(tracked)
+        return tuple(seen[i] for i in request_ids if i in seen)
+
+    def decode_step(self) -> DecodeStep | None:
+        """The step over every decoding request."""
+        s = self._s
+        if s.decode_flight is not None or not s.rows.n:
+            return None
+        if self._step is None:
+            self._step = s.rows.step()
+        return self._step
+
+    @property
+    def num_decoding(self) -> int:
+        """Decoding requests."""
+        return self._s.rows.n
+
+    @property
+    def tbt_target(self) -> float:
+        """The tightest TBT target."""
+        return self._s.rows.tightest
+
+    def tbt_slack(self) -> FloatArray:
+        """Seconds until each decoding request is late."""
+        return self._s.rows.slack(self._s.now)
+
+    @property
+    def free_pages(self) -> int:
+        """Unreferenced pages less the headroom."""
+        return max(0, self._s.kv.free_pages - self._s.headroom)
+
+    @property
+    def max_running(self) -> int:
+        """Most requests that may hold pages."""
+        return self._s.limits.max_running
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages."""
+        return self._s.running
+
+    def _describe(self, tracked: Tracked) -> Waiting:
+        s, request = self._s, tracked.request
+        deadline = request.arrival + request.slo.ttft
+        if tracked.admitted:
+            return Waiting(request, tracked.computed, tracked.known, 0, deadline, True)
+        cached = s.kv.lookup(request, tracked.known)
+        page = s.kv.page_tokens
+        pages = -(-(tracked.known + 1) // page) - cached // page
+        return Waiting(request, cached, tracked.known, pages, deadline, False)
+
+
+def _lane(flight: Flight | None) -> LaneView:
+    if flight is None:
+        return IDLE
+    return LaneView(flight.work, flight.started, flight.started + flight.predicted)

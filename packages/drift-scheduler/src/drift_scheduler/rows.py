@@ -1,0 +1,132 @@
+"""The decoding requests as parallel arrays, so that a step costs the same for 16 requests as for 512.
+
+One row a request, dense in `[0, n)`, in joining order but for removals (the last row fills the gap). Knows nothing
+of pages or policies; the scheduler removes rows only while no decode step runs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from drift_scheduler.domain import DecodeStep, FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from drift_scheduler.scheduler import Tracked
+
+
+class DecodeRows:
+    """Counters of every decoding request; all arrays are indexed by row.
+
+    `context`: known tokens, whose last one is not in the KV cache yet: the positions the next step reads.
+    `capacity`: positions the pages held cover. `remaining`: tokens until the length limit. Times in seconds.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.n = 0
+        self.tracked: list[Tracked] = []
+        self.context: IntArray = np.zeros(capacity, np.int64)
+        self.capacity: IntArray = np.zeros(capacity, np.int64)
+        self.remaining: IntArray = np.zeros(capacity, np.int64)
+        self.tbt: FloatArray = np.zeros(capacity)
+        self.last_token: FloatArray = np.zeros(capacity)
+        self.tbt_max: FloatArray = np.zeros(capacity)
+        self.late: IntArray = np.zeros(capacity, np.int64)
+        self._ids: tuple[str, ...] | None = ()
+        self._tightest: float | None = None
+
+    def add(self, tracked: Tracked, *, capacity: int, remaining: int, last_token: float) -> None:
+        """Append a request as the last row."""
+        if self.n == len(self.context):
+            self._grow()
+        row = self.n
+        self.tracked.append(tracked)
+        self.context[row] = tracked.known
+        self.capacity[row] = capacity
+        self.remaining[row] = remaining
+        self.tbt[row] = tracked.request.slo.tbt
+        self.last_token[row] = last_token
+        self.tbt_max[row] = tracked.tbt_max
+        self.late[row] = tracked.late
+        tracked.row = row
+        self.n += 1
+        self._changed()
+
+    def remove(self, row: int) -> Tracked:
+        """Take a row out, writing its counters back to the request; the last row takes its place."""
+        gone = self.tracked[row]
+        gone.known = int(self.context[row])
+        gone.tbt_max = float(self.tbt_max[row])
+        gone.late = int(self.late[row])
+        gone.last_token_at = float(self.last_token[row])
+        gone.row = -1
+        last = self.n - 1
+        if row != last:
+            moved = self.tracked[last]
+            for array in self._arrays():
+                array[row] = array[last]
+            self.tracked[row] = moved
+            moved.row = row
+        self.tracked.pop()
+        self.n = last
+        self._changed()
+        return gone
+
+    def advance(self, n: int, now: float) -> FloatArray:
+        """Rows `[0, n)` got a token at `now`; returns their gaps in seconds."""
+        gaps: FloatArray = now - self.last_token[:n]
+        self.last_token[:n] = now
+        np.maximum(self.tbt_max[:n], gaps, out=self.tbt_max[:n])
+        self.late[:n] += gaps > self.tbt[:n]
+        self.context[:n] += 1
+        self.remaining[:n] -= 1
+        return gaps
+
+    def short_of_pages(self) -> list[int]:
+        """Rows whose next position no page covers yet."""
+        short = self.context[: self.n] > self.capacity[: self.n]
+        return [int(row) for row in np.flatnonzero(short)] if short.any() else []
+
+    def step(self) -> DecodeStep:
+        """One token for every row."""
+        if self._ids is None:
+            self._ids = tuple([t.request.id for t in self.tracked])
+        return DecodeStep(self._ids, int(self.context[: self.n].sum()))
+
+    @property
+    def tightest(self) -> float:
+        """The smallest TBT target, infinity without rows."""
+        if self._tightest is None:
+            self._tightest = float(self.tbt[: self.n].min()) if self.n else float("inf")
+        return self._tightest
+
+    def slack(self, now: float) -> FloatArray:
+        """Seconds each row has until its next token is late."""
+        slack: FloatArray = self.last_token[: self.n] + self.tbt[: self.n] - now
+        return slack
+
+    def _changed(self) -> None:
+        self._ids = None
+        self._tightest = None
+
+    def _arrays(self) -> tuple[FloatArray | IntArray, ...]:
+        return (
+            self.context,
+            self.capacity,
+            self.remaining,
+            self.tbt,
+            self.last_token,
+            self.tbt_max,
+            self.late,
+        )
+
+    def _grow(self) -> None:
+        size = 2 * len(self.context)
+        self.context = np.resize(self.context, size)
+        self.capacity = np.resize(self.capacity, size)
+        self.remaining = np.resize(self.remaining, size)
+        self.tbt = np.resize(self.tbt, size)
+        self.last_token = np.resize(self.last_token, size)
+        self.tbt_max = np.resize(self.tbt_max, size)
+        self.late = np.resize(self.late, size)

@@ -1,0 +1,714 @@
+"""The gang scheduler: what happened goes in, the next gang and the news for clients come out.
+
+`Scheduler.step(now, events)` is a pure state machine. It has no clock, threads, I/O or torch; it does not know whether
+its executor simulates, pins cores or drives a GPU. It alone changes request state; policies decide from a `View`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from drift_scheduler.dispatch.exclusive import Alternate
+from drift_scheduler.domain import (
+    Accepted,
+    DecodeDone,
+    DecodeStep,
+    Device,
+    Event,
+    Finished,
+    FinishReason,
+    FloatArray,
+    Gang,
+    Lane,
+    LaneFailed,
+    Observation,
+    Output,
+    Partition,
+    PrefillBatch,
+    PrefillBlock,
+    PrefillChunk,
+    PrefillDone,
+    PrefillShape,
+    Request,
+    RequestArrived,
+    RequestCancelled,
+    RequestTiming,
+    Sharing,
+    Step,
+    Tokens,
+)
+from drift_scheduler.legality import IllegalGangError, check_gang
+from drift_scheduler.lifecycle import Signal, State, advance
+from drift_scheduler.live_view import LiveView
+from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, PartitionPolicy
+from drift_scheduler.rows import DecodeRows
+
+QueueKey = tuple[int, int, float, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of the scheduler.
+
+    `max_running`: requests that hold KV pages at once. `max_waiting`: queued requests beyond which arrivals are
+    rejected. `max_context_tokens`: prompt and output of one request (`None`: what the pool holds).
+    `max_preemptions`: after this many a request comes back only with pages for its whole length, and is never
+    chosen again. `max_policy_faults`: after this many the fallback policy stays. `choose_seconds`: a decision
+    that takes longer counts as a fault (needs a stopwatch).
+    """
+
+    max_running: int = 256
+    max_waiting: int = 100_000
+    max_context_tokens: int | None = None
+    max_preemptions: int = 3
+    max_policy_faults: int = 100
+    choose_seconds: float = 0.05
+
+
+class Tracked:
+    """One live request. `known`: prompt and generated tokens (kept in the decode rows while it has a row)."""
+
+    __slots__ = (
+        "batch",
+        "cached",
+        "capacity",
+        "computed",
+        "ending",
+        "first_token_at",
+        "key",
+        "known",
+        "last_token_at",
+        "late",
+        "preemptions",
+        "recomputed",
+        "request",
+        "row",
+        "scheduled_at",
+        "state",
+        "tbt_max",
+    )
+
+    def __init__(self, request: Request, key: QueueKey) -> None:
+        self.request = request
+        self.key = key
+        self.state = State.WAITING
+        self.known = request.prompt_tokens
+        self.computed = 0
+        self.capacity = 0
+        self.cached = 0
+        self.recomputed = 0
+        self.preemptions = 0
+        self.scheduled_at: float | None = None
+        self.first_token_at: float | None = None
+        self.last_token_at = request.arrival
+        self.tbt_max = 0.0
+        self.late = 0
+        self.row = -1
+        self.batch: Batch | None = None
+        self.ending = False
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it holds pages."""
+        return self.capacity > 0
+
+
+class Batch:
+    """A prefill batch under way."""
+
+    __slots__ = ("batch_id", "chunks", "deadline", "next_layer", "shape", "tracked")
+
+    def __init__(self, batch_id: int, chunks: tuple[PrefillChunk, ...], tracked: tuple[Tracked, ...]) -> None:
+        self.batch_id = batch_id
+        self.next_layer = 0
+        self.set_members(chunks, tracked)
+
+    def set_members(self, chunks: tuple[PrefillChunk, ...], tracked: tuple[Tracked, ...]) -> None:
+        """Take these chunks; used at the start and when a cancelled request drops out."""
+        self.chunks = chunks
+        self.tracked = tracked
+        self.shape = PrefillShape.of((c.stop - c.start, c.start) for c in chunks)
+        self.deadline = min((t.request.arrival + t.request.slo.ttft for t in tracked), default=float("inf"))
+
+    def snapshot(self) -> PrefillBatch:
+        """What policies see of it."""
+        return PrefillBatch(self.batch_id, self.chunks, self.next_layer, self.deadline, self.shape)
+
+
+@dataclass(slots=True)
+class Flight:
+    """Work a lane is doing."""
+
+    work: PrefillBlock | DecodeStep
+    gang: Gang
+    started: float
+    predicted: float
+    overlapped: bool
+    batch: Batch | None = None
+    rows: int = 0
+
+
+class Scheduler:
+    """Feed events, get steps.
+
+    `costs` predicts, `dispatch` decides, `partitions` splits; `stopwatch` (a monotonic clock in seconds) is only
+    used to notice a policy that is too slow, and may be left out.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kv: KvPool,
+        dispatch: DispatchPolicy,
+        partitions: PartitionPolicy,
+        costs: CostModel,
+        limits: Limits | None = None,
+        stopwatch: Callable[[], float] | None = None,
+    ) -> None:
+        self.device = device
+        self.kv = kv
+        self.costs = costs
+        self.limits = limits or Limits()
+        self.rows = DecodeRows()
+        self.queue: list[tuple[QueueKey, str]] = []
+        self.live: dict[str, Tracked] = {}
+        self.batches: list[Batch] = []
+        self.running = 0
+        self.now = 0.0
+        self.prefill_flight: Flight | None = None
+        self.decode_flight: Flight | None = None
+        self.last_gang: Gang | None = None
+        self.blocked_at: int | None = None
+        self.preemptions = 0
+        self.policy_faults = 0
+        self.steps = 0
+        self._dispatch = dispatch
+        self._partitions = partitions
+        self._fallback: DispatchPolicy = Alternate()
+        self._stopwatch = stopwatch
+        self._view = LiveView(self)
+        self._arrivals = 0
+        self._endings = 0  # requests that were cancelled while a lane works on them
+        self._batch_ids = 0
+        self._clear_news()
+
+    # ------------------------------------------------------------------------------------ the step
+
+    def step(self, now: float, events: Sequence[Event]) -> Step:
+        """Take in what happened and decide what to launch. `now` never decreases; times in seconds."""
+        self.now = now
+        self.steps += 1
+        self._clear_news()
+        for event in events:
+            self._handle(event)
+        if self.decode_flight is None:
+            self._grow_pages()
+        self._unblock()
+        gang = self._decide()
+        return Step(
+            gang=gang,
+            outputs=tuple(self._outputs),
+            ended=tuple(self._ended),
+            faults=tuple(self._faults),
+            observations=tuple(self._observations),
+        )
+
+    def _clear_news(self) -> None:
+        self._outputs: list[Output] = []
+        self._ended: list[str] = []
+        self._faults: list[str] = []
+        self._observations: list[Observation] = []
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case DecodeDone():
+                self._decode_done(event)
+            case PrefillDone():
+                self._prefill_done(event)
+            case RequestArrived():
+                self._arrive(event.request)
+            case RequestCancelled():
+                self._cancel(event.request_id, event.reason)
+            case LaneFailed():
+                self._lane_failed(event)
+
+    # ------------------------------------------------------------------------------ coming and going
+
+    def _arrive(self, request: Request) -> None:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            timing = RequestTiming(request.arrival, self.now, prompt_tokens=request.prompt_tokens)
+            self._outputs.append(
+                Finished(self.now, request.id, FinishReason.REJECTED, timing, request.slo, refusal)
+            )
+            self._ended.append(request.id)
+            return
+        self._arrivals += 1
+        tracked = Tracked(request, (1, request.priority, request.arrival, self._arrivals))
+        self.live[request.id] = tracked
+        self._enqueue(tracked)
+        position = bisect_left(self.queue, (tracked.key, request.id))
+        self._outputs.append(Accepted(self.now, request.id, request.prompt_tokens, position))
+
+    def _refusal(self, request: Request) -> str | None:
+        if request.id in self.live:
+            raise ValueError(f"request id '{request.id}' is already in use")
+        if request.prompt_tokens < 1:
+            return "the prompt has no tokens"
+        if request.max_output_tokens < 1:
+            return f"max_output_tokens is {request.max_output_tokens}, need at least 1"
+        want = request.prompt_tokens + request.max_output_tokens
+        pool = self.kv.total_pages * self.kv.page_tokens
+        context = self.limits.max_context_tokens
+        for limit, what in ((context, "the context"), (pool, "the KV pool")):
+            if limit is not None and want > limit:
+                return (
+                    f"prompt of {request.prompt_tokens} tokens with up to {request.max_output_tokens} of output "
+                    f"never fits {what} of {limit} tokens"
+                )
+        if len(self.queue) >= self.limits.max_waiting:
+            return f"the queue is full: {len(self.queue)} requests waiting"
+        return None
+
+    def _cancel(self, request_id: str, reason: FinishReason) -> None:
+        tracked = self.live.get(request_id)
+        if tracked is None or tracked.ending:  # it ended while the cancellation was on its way
+            return
+        self._announce_end(tracked, reason)
+        if self._in_flight(tracked):
+            tracked.ending = True  # its lane still writes its pages; they go when the lane is done
+            self._endings += 1
+        else:
+            self._drop(tracked)
+
+    def _in_flight(self, tracked: Tracked) -> bool:
+        if tracked.row >= 0:
+            return self.decode_flight is not None and tracked.row < self.decode_flight.rows
+        flight = self.prefill_flight
+        return flight is not None and tracked.batch is not None and flight.batch is tracked.batch
+
+    def _announce_end(self, tracked: Tracked, reason: FinishReason, message: str = "") -> None:
+        if tracked.row >= 0:
+            known = int(self.rows.context[tracked.row])
+            tbt_max, late = float(self.rows.tbt_max[tracked.row]), int(self.rows.late[tracked.row])
+        else:
+            known, tbt_max, late = tracked.known, tracked.tbt_max, tracked.late
+        request = tracked.request
+        timing = RequestTiming(
+            arrival=request.arrival,
+            finished=self.now,
+            scheduled=tracked.scheduled_at,
+            first_token=tracked.first_token_at,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=known - request.prompt_tokens,
+            cached_tokens=tracked.cached,
+            recomputed_tokens=tracked.recomputed,
+            preemptions=tracked.preemptions,
+            tbt_max=tbt_max,
+            late_tokens=late,
+        )
+        self._outputs.append(Finished(self.now, request.id, reason, timing, request.slo, message))
+
+    def _drop(self, tracked: Tracked) -> None:
+        """Take an ended request out of wherever it stands and give its pages back."""
+        request_id = tracked.request.id
+        self._endings -= tracked.ending
+        if tracked.row >= 0:
+            self.rows.remove(tracked.row)
+            tracked.computed = tracked.known - 1
+        elif tracked.batch is not None:
+            self._leave_batch(tracked)
+        elif tracked.state is State.WAITING:
+            self._dequeue(tracked)
+        tracked.state = advance(tracked.state, Signal.END)
+        self._release(tracked)
+        del self.live[request_id]
+        self._ended.append(request_id)
+
+    def _finish(self, tracked: Tracked, reason: FinishReason, message: str = "") -> None:
+        self._announce_end(tracked, reason, message)
+        self._drop(tracked)
+
+    def _release(self, tracked: Tracked) -> None:
+        if tracked.admitted:
+            self.kv.commit(tracked.request.id, tracked.computed)
+            self.kv.release(tracked.request.id)
+            tracked.capacity = 0
+            self.running -= 1
+
+    def _leave_batch(self, tracked: Tracked) -> None:
+        batch = tracked.batch
+        assert batch is not None
+        tracked.batch = None
+        stay = [i for i, other in enumerate(batch.tracked) if other is not tracked]
+        if stay:
+            batch.set_members(tuple(batch.chunks[i] for i in stay), tuple(batch.tracked[i] for i in stay))
+        else:
+            self.batches.remove(batch)
+
+    # --------------------------------------------------------------------------------- lanes finish
+
+    def _decode_done(self, event: DecodeDone) -> None:
+        flight = self.decode_flight
+        assert flight is not None, "a decode step ended that never began"
+        assert isinstance(flight.work, DecodeStep)
+        self._observe(flight, Lane.DECODE, event.seconds)
+        self.decode_flight = None
+        rows, n = self.rows, flight.rows
+        gaps = rows.advance(n, self.now)
+        ended = [self.live[request_id] for request_id in event.stopped]
+        reasons = dict.fromkeys(event.stopped, FinishReason.STOP)
+        if rows.remaining[:n].min() <= 0:
+            for row in np.flatnonzero(rows.remaining[:n] <= 0):
+                tracked = rows.tracked[int(row)]
+                if tracked.request.id not in reasons:
+                    reasons[tracked.request.id] = FinishReason.LENGTH
+                    ended.append(tracked)
+        gone = [t for t in rows.tracked[:n] if t.ending] if self._endings else []
+        self._tell_tokens(flight.work.request_ids, event, gaps, gone)
+        for tracked in gone:
+            self._drop(tracked)
+        for tracked in ended:
+            if not tracked.ending:
+                self._finish(tracked, reasons[tracked.request.id])
+
+    def _tell_tokens(
+        self, ids: tuple[str, ...], event: DecodeDone, gaps: FloatArray, gone: list[Tracked]
+    ) -> None:
+        tokens = event.tokens
+        if gone:
+            left = {t.request.id for t in gone}
+            stay = [i for i, request_id in enumerate(ids) if request_id not in left]
+            ids = tuple(ids[i] for i in stay)
+            gaps = gaps[stay]
+            tokens = None if tokens is None else [tokens[i] for i in stay]
+        if ids:
+            self._outputs.append(Tokens(self.now, ids, tokens, gaps, False, event.details))
+
+    def _prefill_done(self, event: PrefillDone) -> None:
+        flight = self.prefill_flight
+        assert flight is not None, "a prefill block ended that never began"
+        assert flight.batch is not None
+        assert isinstance(flight.work, PrefillBlock)
+        self._observe(flight, Lane.PREFILL, event.seconds)
+        self.prefill_flight = None
+        batch = flight.batch
+        batch.next_layer = flight.work.layer_stop
+        if batch.next_layer < self.device.num_layers:
+            for tracked in [t for t in batch.tracked if t.ending]:
+                self._drop(tracked)
+            return
+        self.batches.remove(batch)
+        self._merge(batch, event)
+
+    def _merge(self, batch: Batch, event: PrefillDone) -> None:
+        """The last layer is done: requests whose prompt is complete get a token and join the decode rows."""
+        firsts: list[tuple[Tracked, int | None]] = []
+        laters: list[tuple[Tracked, int | None]] = []
+        sampled = iter(event.tokens) if event.tokens is not None else None
+        for chunk, tracked in zip(batch.chunks, batch.tracked, strict=True):
+            token = next(sampled) if chunk.last and sampled is not None else None
+            tracked.batch = None
+            tracked.computed = chunk.stop
+            self.kv.commit(chunk.request_id, chunk.stop)
+            if tracked.ending:
+                self._drop(tracked)
+            elif chunk.last:
+                tracked.state = advance(tracked.state, Signal.PREFILLED)
+                (laters if tracked.first_token_at is not None else firsts).append((tracked, token))
+            else:
+                tracked.state = advance(tracked.state, Signal.PART)
+                self._enqueue(tracked)
+        stopped = set(event.stopped)
+        for group, first in ((firsts, True), (laters, False)):
+            if group:
+                self._tell_prefill_tokens(group, first, event)
+                for tracked, _ in group:
+                    self._join(tracked, tracked.request.id in stopped)
+
+    def _tell_prefill_tokens(
+        self, group: list[tuple[Tracked, int | None]], first: bool, event: PrefillDone
+    ) -> None:
+        gaps = np.array([self.now - t.last_token_at for t, _ in group])
+        for (tracked, _), gap in zip(group, gaps.tolist(), strict=True):
+            tracked.known += 1
+            tracked.last_token_at = self.now
+            if first:
+                tracked.first_token_at = self.now
+            else:
+                tracked.tbt_max = max(tracked.tbt_max, gap)
+                tracked.late += gap > tracked.request.slo.tbt
+        ids = tuple(t.request.id for t, _ in group)
+        tokens = None if event.tokens is None else [token for _, token in group if token is not None]
+        self._outputs.append(Tokens(self.now, ids, tokens, gaps, first, event.details))
+
+    def _join(self, tracked: Tracked, stopped: bool) -> None:
+        request = tracked.request
+        remaining = request.prompt_tokens + request.max_output_tokens - tracked.known
+        if stopped:
+            self._finish(tracked, FinishReason.STOP)
+        elif remaining <= 0:
+            self._finish(tracked, FinishReason.LENGTH)
+        else:
+            self.rows.add(tracked, capacity=tracked.capacity, remaining=remaining, last_token=self.now)
+
+    def _lane_failed(self, event: LaneFailed) -> None:
+        if event.lane is Lane.DECODE:
+            flight, self.decode_flight = self.decode_flight, None
+            victims = self.rows.tracked[: flight.rows] if flight is not None else []
+        else:
+            flight, self.prefill_flight = self.prefill_flight, None
+            victims = list(flight.batch.tracked) if flight is not None and flight.batch is not None else []
+        for tracked in list(victims):
+            if tracked.ending:
+                self._drop(tracked)
+            else:
+                self._finish(tracked, FinishReason.FAILED, event.message)
+
+    def _observe(self, flight: Flight, lane: Lane, seconds: float) -> None:
+        gang, work = flight.gang, flight.work
+        both = gang.sharing is Sharing.FUSED
+        prefill = (
+            gang.prefill.shape() if gang.prefill is not None and (both or lane is Lane.PREFILL) else None
+        )
+        decode = gang.decode.shape() if gang.decode is not None and (both or lane is Lane.DECODE) else None
+        layers = work.layers if isinstance(work, PrefillBlock) else self.device.num_layers
+        seen = Observation(
+            lane,
+            gang.partition,
+            gang.sharing,
+            prefill,
+            decode,
+            layers,
+            flight.overlapped,
+            flight.predicted,
+            seconds,
+        )
+        self._observations.append(seen)
+        self._guarded(lambda: self.costs.observe(seen), None, "cost model: observe")
+
+    # -------------------------------------------------------------------------------- pages and queue
+
+    def _enqueue(self, tracked: Tracked) -> None:
+        _, priority, arrival, number = tracked.key
+        tracked.key = (0 if tracked.admitted else 1, priority, arrival, number)
+        insort(self.queue, (tracked.key, tracked.request.id))
+
+    def _dequeue(self, tracked: Tracked) -> None:
+        entry = (tracked.key, tracked.request.id)
+        at = bisect_left(self.queue, entry)
+        assert self.queue[at] == entry, f"'{tracked.request.id}' is not in the queue"
+        del self.queue[at]
+
+    def _grow_pages(self) -> None:
+        """Cover the next position of every decoding request, preempting where pages run out."""
+        rows = self.rows
+        short = rows.short_of_pages()
+        for tracked in [rows.tracked[row] for row in short]:
+            while tracked.row >= 0:
+                context = int(rows.context[tracked.row])
+                tracked.computed = context - 1
+                self.kv.commit(tracked.request.id, context - 1)
+                if self.kv.extend(tracked.request.id, context):
+                    tracked.capacity = self._rounded(context)
+                    rows.capacity[tracked.row] = tracked.capacity
+                    break
+                self._preempt(self._victim())
+
+    def _victim(self) -> Tracked:
+        """Lowest priority first, youngest among equals; never one that was preempted often enough already."""
+        limit = self.limits.max_preemptions
+        free = [t for t in self.rows.tracked if t.preemptions < limit]
+        return max(free or self.rows.tracked, key=lambda t: t.key[1:])
+
+    def _preempt(self, tracked: Tracked) -> None:
+        self.rows.remove(tracked.row)
+        tracked.computed = tracked.known - 1
+        tracked.state = advance(tracked.state, Signal.PREEMPT)
+        self._release(tracked)
+        tracked.computed = 0
+        tracked.preemptions += 1
+        self.preemptions += 1
+        self._enqueue(tracked)
+
+    def _admit(self, tracked: Tracked) -> bool:
+        """Reserve pages for everything known (its whole length once preempted too often), or change nothing."""
+        request = tracked.request
+        reserve = tracked.known + 1
+        if tracked.preemptions >= self.limits.max_preemptions:
+            reserve = request.prompt_tokens + request.max_output_tokens
+        cached = self.kv.admit(request, tracked.known, reserve)
+        if cached is None:
+            return False
+        if self.rows.n and self.kv.free_pages < self.headroom:
+            self.kv.release(request.id)
+            return False
+        if tracked.preemptions:
+            tracked.recomputed += tracked.known - 1 - cached
+        else:
+            tracked.cached = cached
+        tracked.computed = cached
+        tracked.capacity = self._rounded(reserve)
+        if tracked.scheduled_at is None:
+            tracked.scheduled_at = self.now
+        self.running += 1
+        return True
+
+    @property
+    def headroom(self) -> int:
+        """Pages an admission must leave so that decoding requests do not run out at once: one each."""
+        return self.rows.n
+
+    def _rounded(self, tokens: int) -> int:
+        page = self.kv.page_tokens
+        return -(-tokens // page) * page
+
+    def _unblock(self) -> None:
+        if self.blocked_at is not None:
+            idle = not self.rows.n and not self.batches
+            if idle or self.kv.free_pages > self.blocked_at:
+                self.blocked_at = None
+
+    # -------------------------------------------------------------------------------------- deciding
+
+    def _decide(self) -> Gang | None:
+        if self.prefill_flight is not None and self.decode_flight is not None:
+            return None
+        if not (self.queue or self.batches or self.rows.n):
+            return None
+        gang = self._ask()
+        if gang is None:
+            return None
+        applied = self._apply(gang)
+        if applied is None:  # no pages for the proposed prompts: ask again without them
+            gang = self._ask()
+            applied = None if gang is None else self._apply(gang)
+        if applied is not None:
+            self._launch(applied)
+        return applied
+
+    def _ask(self) -> Gang | None:
+        self._view.refresh()
+        gang: Gang | None = None
+        if self.policy_faults < self.limits.max_policy_faults:
+            gang = self._choose(self._dispatch)
+            if gang is not None or not self._stalled():
+                return gang
+        return self._choose(self._fallback)
+
+    def _choose(self, policy: DispatchPolicy) -> Gang | None:
+        """The policy's legal gang, or `None` with the fault noted."""
+        begun = self._stopwatch() if self._stopwatch is not None else 0.0
+        name = type(policy).__name__
+        faults = len(self._faults)
+        try:
+            gang = policy.choose(self._view, self.costs, self._partitions)
+            if gang is not None:
+                check_gang(self._view, gang)
+        except IllegalGangError as error:
+            gang = None
+            self._fault(f"{name} proposed {error}")
+        except Exception as error:  # a third party's policy may raise anything; service goes on
+            gang = None
+            self._fault(f"{name} raised {type(error).__name__}: {error}")
+        if self._stopwatch is not None:
+            took = self._stopwatch() - begun
+            if took > self.limits.choose_seconds:
+                self._fault(
+                    f"{name} took {took * 1e3:.1f} ms, allowed {self.limits.choose_seconds * 1e3:.1f}"
+                )
+        if gang is None and self._stalled() and len(self._faults) == faults and policy is not self._fallback:
+            self._fault(f"{name} left an idle device idle with work to do")
+        return gang
+
+    def _stalled(self) -> bool:
+        """Whether doing nothing now would wait for an event that never comes, or a fault was just noted."""
+        if self._faults:
+            return True
+        return self.prefill_flight is None and self.decode_flight is None
+
+    def _fault(self, message: str) -> None:
+        self.policy_faults += 1
+        self._faults.append(message)
+
+    def _guarded(self, call: Callable[[], T], otherwise: T, what: str) -> T:
+        try:
+            return call()
+        except Exception as error:  # a third party's model may raise anything; service goes on
+            self._fault(f"{what} raised {type(error).__name__}: {error}")
+            return otherwise
+
+    def _apply(self, gang: Gang) -> Gang | None:
+        """Admit a new batch's requests; `None` when none of them got pages."""
+        block = gang.prefill
+        if block is None or block.batch_id >= 0:
+            return gang
+        chunks: list[PrefillChunk] = []
+        members: list[Tracked] = []
+        for chunk in block.chunks:
+            tracked = self.live[chunk.request_id]
+            if not tracked.admitted:
+                if self.running >= self.limits.max_running or not self._admit(tracked):
+                    self.blocked_at = self.kv.free_pages
+                    break
+                if tracked.computed != chunk.start:  # an earlier admission evicted some of its cached prefix
+                    chunk = PrefillChunk(chunk.request_id, tracked.computed, chunk.stop, chunk.last)
+            self._dequeue(tracked)
+            tracked.state = advance(tracked.state, Signal.ADMIT)
+            chunks.append(chunk)
+            members.append(tracked)
+        if not chunks:
+            return None
+        batch = Batch(self._batch_ids, tuple(chunks), tuple(members))
+        self._batch_ids += 1
+        for tracked in members:
+            tracked.batch = batch
+        self.batches.append(batch)
+        return replace(gang, prefill=replace(block, batch_id=batch.batch_id, chunks=batch.chunks))
+
+    def _launch(self, gang: Gang) -> None:
+        busy = self.prefill_flight or self.decode_flight
+        together = gang.sharing is Sharing.SPATIAL and gang.prefill is not None and gang.decode is not None
+        overlapped = together or busy is not None
+        if busy is not None:
+            busy.overlapped = True
+        t_prefill, t_decode = self._guarded(lambda: self._predict(gang), (0.0, 0.0), "cost model")
+        if gang.prefill is not None:
+            batch = next(b for b in self.batches if b.batch_id == gang.prefill.batch_id)
+            self.batches.remove(batch)
+            self.batches.append(batch)  # the active batch is the last
+            self.prefill_flight = Flight(gang.prefill, gang, self.now, t_prefill, overlapped, batch=batch)
+        if gang.decode is not None:
+            self.decode_flight = Flight(gang.decode, gang, self.now, t_decode, overlapped, rows=self.rows.n)
+        self.last_gang = gang
+
+    def _predict(self, gang: Gang) -> tuple[float, float]:
+        """Seconds until each lane of the gang is done, as the cost model sees it (solo)."""
+        total, costs = self.device.total_units, self.costs
+        prefill, decode = gang.prefill, gang.decode
+        if gang.sharing is Sharing.FUSED and prefill is not None and decode is not None:
+            both = costs.fused(prefill.shape(), decode.shape(), total)
+            return both, both
+        spatial = gang.sharing is Sharing.SPATIAL
+        t_prefill = t_decode = 0.0
+        if prefill is not None:
+            units = gang.partition.prefill if spatial else total
+            t_prefill = costs.prefill(prefill.shape(), units) * prefill.layers / self.device.num_layers
+        if decode is not None:
+            units = gang.partition.decode if spatial else total
+            t_decode = costs.decode(decode.shape(), units)
+        return t_prefill, t_decode
+
+    # ------------------------------------------------------------------------------------- questions
+
+    @property
+    def partition(self) -> Partition | None:
+        """The partition under a busy lane."""
+        flight = self.decode_flight or self.prefill_flight
+        return None if flight is None else flight.gang.partition
