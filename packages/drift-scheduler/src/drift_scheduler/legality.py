@@ -61,11 +61,21 @@ def _check_lanes(view: View, gang: Gang) -> None:
     if gang.decode is not None and view.decode_lane.busy:
         raise IllegalGangError("decode for a busy decode lane")
     if not (view.prefill_lane.busy or view.decode_lane.busy):
+        _check_alone(view, gang)
         return
     if gang.sharing is not Sharing.SPATIAL or view.sharing is not Sharing.SPATIAL:
         raise IllegalGangError(f"{gang.sharing.value} gang beside a busy lane")
     if gang.partition != view.partition and not view.device.repartition_while_busy:
         raise IllegalGangError(f"partition {gang.partition} under a lane busy on {view.partition}")
+
+
+def _check_alone(view: View, gang: Gang) -> None:
+    """Slicing without a decode beside it only costs launches: a prefill alone is one block on the whole device."""
+    block = gang.prefill
+    if block is None or gang.decode is not None:
+        return
+    if gang.sharing is not Sharing.EXCLUSIVE or block.layer_stop != view.device.num_layers:
+        raise IllegalGangError("a prefill with decode idle that is not one block on the whole device")
 
 
 def _check_decode(view: View, step: DecodeStep) -> None:

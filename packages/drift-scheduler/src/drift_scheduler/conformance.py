@@ -1,0 +1,323 @@
+"""Invariants that hold whatever the policy: run one against a device that does its worst within the rules.
+
+`exercise(policy)` drives a real `Scheduler` with an executor whose lanes finish in random order after random times, whose
+clients cancel at random and whose lanes sometimes fail, on a KV pool that may be far too small, and checks every gang
+and every output. Used by our own tests and by plugin authors for theirs.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from drift_scheduler.domain import (
+    SLO,
+    DecodeDone,
+    DecodeShape,
+    Device,
+    Event,
+    Finished,
+    FinishReason,
+    Gang,
+    Lane,
+    LaneFailed,
+    Observation,
+    Partition,
+    PrefillBlock,
+    PrefillDone,
+    PrefillShape,
+    Request,
+    RequestArrived,
+    RequestCancelled,
+    Sharing,
+    Step,
+    Tokens,
+)
+from drift_scheduler.loop import serve
+from drift_scheduler.partition.tightest_decode import TightestDecode
+from drift_scheduler.protocols import CostModel, DispatchPolicy, PartitionPolicy
+from drift_scheduler.scheduler import Limits, Scheduler
+from drift_scheduler.simulation.kv import CountingKv
+
+
+class InvariantError(AssertionError):
+    """A rule that every policy must keep was broken; the message says which and where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hazards:
+    """How rough the ride is: chances per request of a cancellation and a stop token, per work of a lane failure."""
+
+    cancel: float = 0.1
+    stop: float = 0.2
+    fail: float = 0.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did."""
+
+    steps: int = 0
+    tokens: int = 0
+    reasons: dict[str, FinishReason] = field(default_factory=dict)
+    gangs: list[Gang] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    preemptions: int = 0
+
+
+class FlatCosts:
+    """A crude cost model: seconds fall with units, grow with tokens. Enough to make a policy choose."""
+
+    def prefill(self, work: PrefillShape, units: int) -> float:
+        """Proportional to new tokens over units."""
+        return 1e-3 + 1e-4 * work.new_tokens / units
+
+    def decode(self, work: DecodeShape, units: int) -> float:
+        """A constant, and a little per request and context."""
+        return 2e-3 + (1e-4 * work.batch + 1e-6 * work.context_tokens) / units
+
+    def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
+        """One pass over both."""
+        return self.prefill(prefill, units) + self.decode(decode, units)
+
+    def slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
+        """A tenth either way."""
+        return 1.1, 1.1
+
+    def observe(self, observation: Observation) -> None:
+        """Does not learn."""
+
+
+class RandomExecutor:
+    """An executor on a virtual clock that checks what it is given and finishes it whenever it likes."""
+
+    def __init__(self, device: Device, requests: Iterable[Request], rng: random.Random, hazards: Hazards) -> None:
+        self._device = device
+        self._rng = rng
+        self._hazards = hazards
+        self._now = 0.0
+        self._due: list[tuple[float, int, Event | tuple[Lane, Gang]]] = []
+        self._count = 0
+        self._busy: dict[Lane, Gang] = {}
+        self._progress: dict[int, int] = {}
+        self.produced: dict[str, int] = {}
+        self.forgotten: set[str] = set()
+        self.gangs: list[Gang] = []
+        for request in requests:
+            self._push(request.arrival, RequestArrived(request))
+            if rng.random() < hazards.cancel:
+                self._push(request.arrival + rng.expovariate(5.0), RequestCancelled(request.id))
+
+    @property
+    def device(self) -> Device:
+        """What it offers."""
+        return self._device
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._now
+
+    def submit(self, gang: Gang) -> None:
+        """Check the gang against what runs, then start it."""
+        self._check(gang)
+        self.gangs.append(gang)
+        first = self._rng.expovariate(100.0)
+        second = self._rng.expovariate(100.0)
+        if gang.sharing is Sharing.TEMPORAL:
+            second += first
+        elif gang.sharing is Sharing.FUSED:
+            second = first
+        if gang.decode is not None:
+            self._busy[Lane.DECODE] = gang
+            self._push(self._now + first, (Lane.DECODE, gang))
+        if gang.prefill is not None:
+            self._busy[Lane.PREFILL] = gang
+            self._push(self._now + second, (Lane.PREFILL, gang))
+
+    def wait(self, until: float | None) -> Sequence[Event] | None:
+        """The next event or few; `None` when nothing is due."""
+        if not self._due:
+            if self._busy:
+                raise InvariantError("a lane is busy with nothing due")
+            return None
+        self._now = max(self._now, self._due[0][0])
+        events: list[Event] = []
+        while self._due and self._due[0][0] <= self._now:
+            item = heapq.heappop(self._due)[2]
+            events.append(self._complete(*item) if isinstance(item, tuple) else item)
+        return events
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """A request is forgotten once, and never while a lane works on it."""
+        for request_id in request_ids:
+            if request_id in self.forgotten:
+                raise InvariantError(f"'{request_id}' was forgotten twice")
+            self.forgotten.add(request_id)
+
+    def _push(self, at: float, item: Event | tuple[Lane, Gang]) -> None:
+        self._count += 1
+        heapq.heappush(self._due, (at, self._count, item))
+
+    def _complete(self, lane: Lane, gang: Gang) -> Event:
+        del self._busy[lane]
+        if self._rng.random() < self._hazards.fail:
+            return LaneFailed(lane, "planted failure")
+        seconds = self._rng.random() * 0.01
+        if lane is Lane.DECODE:
+            assert gang.decode is not None
+            return DecodeDone(seconds, stopped=self._sample(gang.decode.request_ids))
+        block = gang.prefill
+        assert block is not None
+        ended = block.layer_stop == self._device.num_layers
+        lasts = [c.request_id for c in block.chunks if c.last] if ended else []
+        return PrefillDone(seconds, stopped=self._sample(lasts))
+
+    def _sample(self, request_ids: Sequence[str]) -> tuple[str, ...]:
+        for request_id in request_ids:
+            if request_id in self.forgotten:
+                raise InvariantError(f"work on '{request_id}' after it was forgotten")
+            self.produced[request_id] = self.produced.get(request_id, 0) + 1
+        return tuple(i for i in request_ids if self._rng.random() < self._hazards.stop / 20)
+
+    def _check(self, gang: Gang) -> None:
+        partition, total = gang.partition, self._device.total_units
+        if partition.prefill + partition.decode > total:
+            raise InvariantError(f"gang on {partition}, the device has {total} units")
+        for lane, work in ((Lane.PREFILL, gang.prefill), (Lane.DECODE, gang.decode)):
+            if work is not None and lane in self._busy:
+                raise InvariantError(f"{lane.value} work for a busy lane")
+        for running in self._busy.values():
+            if running.partition != partition and not self._device.repartition_while_busy:
+                raise InvariantError(f"partition {running.partition} changed to {partition} under a busy lane")
+            if Sharing.SPATIAL is not gang.sharing or Sharing.SPATIAL is not running.sharing:
+                raise InvariantError(f"{gang.sharing.value} gang beside a {running.sharing.value} one")
+        if gang.prefill is not None:
+            self._check_block(gang.prefill, gang)
+
+    def _check_block(self, block: PrefillBlock, gang: Gang) -> None:
+        if self._progress.get(block.batch_id, 0) != block.layer_start:
+            raise InvariantError(f"batch {block.batch_id} skipped or repeated layers at {block.layer_start}")
+        self._progress[block.batch_id] = block.layer_stop
+        if gang.decode is None and Lane.DECODE not in self._busy:
+            whole = partition_is_whole(gang.partition, self._device) and gang.sharing is Sharing.EXCLUSIVE
+            if not whole or block.layer_stop != self._device.num_layers:
+                raise InvariantError("prefill with decode idle did not take the whole device in one block")
+
+
+def partition_is_whole(partition: Partition, device: Device) -> bool:
+    """Whether one lane has every unit."""
+    return partition in (device.all_prefill, device.all_decode)
+
+
+def small_device(units: int = 4, layers: int = 6) -> Device:
+    """A device with every split of `units` on its menu."""
+    return Device(units, tuple(Partition(units - d, d) for d in range(units + 1)), layers, name="conformance")
+
+
+def random_requests(rng: random.Random, count: int, pool_tokens: int) -> list[Request]:
+    """Requests of mixed lengths, priorities, targets and shared prefixes, none larger than the pool."""
+    requests = []
+    arrival = 0.0
+    for i in range(count):
+        arrival += rng.expovariate(50.0) if rng.random() < 0.8 else 0.0
+        prompt = min(int(rng.lognormvariate(4.0, 1.2)) + 1, pool_tokens - 2)
+        output = min(int(rng.lognormvariate(2.5, 1.0)) + 1, pool_tokens - prompt)
+        family = rng.randrange(4)
+        shared = rng.randrange(prompt // 16 + 1)
+        keys = [(family, k) if k < shared else (family, k, i) for k in range(prompt // 16)]
+        slo = SLO(ttft=rng.choice([0.05, 0.5, 5.0]), tbt=rng.choice([0.005, 0.02, 0.1]))
+        priority = rng.choice([0, 0, 0, 1, -1])
+        requests.append(Request(f"r{i}", arrival, prompt, output, slo, priority=priority, prefix_keys=keys))
+    return requests
+
+
+def exercise(
+    policy: DispatchPolicy,
+    *,
+    seed: int,
+    partitions: PartitionPolicy | None = None,
+    costs: CostModel | None = None,
+    device: Device | None = None,
+    requests: int = 40,
+    pages: int = 64,
+    hazards: Hazards | None = None,
+    limits: Limits | None = None,
+) -> Outcome:
+    """Run `policy` through a random workload and check every invariant; deterministic under `seed`.
+
+    Raises InvariantError. `Outcome.faults` lists what the scheduler refused and its fallback decided instead: a
+    policy that conforms leaves it empty.
+    """
+    rng = random.Random(seed)
+    device = device or small_device()
+    kv = CountingKv(pages, 16)
+    offered = random_requests(rng, requests, pages * 16)
+    executor = RandomExecutor(device, offered, rng, hazards or Hazards())
+    scheduler = Scheduler(
+        device, kv, policy, partitions or TightestDecode(), costs or FlatCosts(), limits or Limits(max_running=16)
+    )
+    outcome = Outcome()
+    told: dict[str, int] = {}
+
+    def deliver(step: Step) -> None:
+        outcome.steps += 1
+        outcome.faults.extend(step.faults)
+        if kv.free_pages < 0 or kv.free_pages > kv.total_pages:
+            raise InvariantError(f"{kv.free_pages} free pages of {kv.total_pages}")
+        for output in step.outputs:
+            _account(output, told, outcome)
+
+    serve(scheduler, executor, deliver)
+    outcome.gangs = executor.gangs
+    outcome.preemptions = scheduler.preemptions
+    _check_end(offered, outcome, kv, scheduler, executor)
+    return outcome
+
+
+def _account(output: object, told: dict[str, int], outcome: Outcome) -> None:
+    if isinstance(output, Tokens):
+        for request_id in output.request_ids:
+            if request_id in outcome.reasons:
+                raise InvariantError(f"a token for '{request_id}' after its end")
+            told[request_id] = told.get(request_id, 0) + 1
+        outcome.tokens += len(output.request_ids)
+    elif isinstance(output, Finished):
+        if output.request_id in outcome.reasons:
+            raise InvariantError(f"'{output.request_id}' ended twice")
+        outcome.reasons[output.request_id] = output.reason
+        if output.timing.output_tokens != told.get(output.request_id, 0):
+            raise InvariantError(
+                f"'{output.request_id}' ended with {output.timing.output_tokens} tokens, "
+                f"clients saw {told.get(output.request_id, 0)}"
+            )
+
+
+def _check_end(
+    offered: Sequence[Request], outcome: Outcome, kv: CountingKv, scheduler: Scheduler, executor: RandomExecutor
+) -> None:
+    missing = [r.id for r in offered if r.id not in outcome.reasons]
+    if missing:
+        raise InvariantError(f"never ended: {', '.join(missing[:5])} ({len(missing)} in all)")
+    if kv.free_pages != kv.total_pages or scheduler.live or scheduler.queue or scheduler.batches:
+        raise InvariantError(f"left behind: {kv.total_pages - kv.free_pages} pages, {len(scheduler.live)} requests")
+    if executor.forgotten != {r.id for r in offered}:
+        raise InvariantError("the executor was not told of every end")
+    for request in offered:
+        if outcome.reasons[request.id] is FinishReason.LENGTH and executor.produced[request.id] != request.max_output_tokens:
+            raise InvariantError(f"'{request.id}' ended by length after {executor.produced[request.id]} tokens")
+
+
+__all__ = [
+    "FlatCosts",
+    "Hazards",
+    "InvariantError",
+    "Outcome",
+    "RandomExecutor",
+    "exercise",
+    "random_requests",
+    "small_device",
+]
