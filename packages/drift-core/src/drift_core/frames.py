@@ -13,9 +13,9 @@ import struct
 from typing import Final
 
 import msgspec
-from drift_scheduler.errors import DriftError
 
 from drift_core.sampling_params import SamplingParams
+from drift_scheduler.errors import DriftError
 
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
 """A prompt of a million tokens takes 5 MB."""

@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from drift_scheduler.errors import DriftError
-
 from drift_core.frames import (
     AcceptedItem,
     Cancel,
@@ -40,6 +38,7 @@ from drift_core.frames import (
     decode_to_gateway,
     encode_frame,
 )
+from drift_scheduler.errors import DriftError
 
 READ_BYTES: Final = 256 * 1024
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
@@ -93,7 +92,11 @@ class EngineLink:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(os.fspath(path))
+        try:
+            self._socket.connect(os.fspath(path))
+        except OSError:
+            self._socket.close()
+            raise
         self._reader = threading.Thread(target=self._read, name="drift-link-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name="drift-link-writer", daemon=True)
         self._reader.start()
@@ -119,10 +122,7 @@ class EngineLink:
             self._changed.wait_for(lambda: self._gone or not self._backlog, timeout)
             self._closing = True
             self._changed.notify_all()
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the gateway closed it first
+        self._shut_socket()
         if threading.current_thread() is not self._reader:
             self._reader.join(timeout)
         self._writer.join(timeout)
@@ -165,7 +165,7 @@ class EngineLink:
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # closed already
+            return  # the other end closed it first
 
     def _read(self) -> None:
         """Body of the reader thread: frames to the inbox until the socket ends or speaks nonsense."""
@@ -337,9 +337,9 @@ class EngineClient:
         if cancel:
             self._send(Cancel(request_id))
 
-    def stop(self, request_id: str) -> None:
-        """The request has said enough: the engine ends it as STOP, and reports its timing as it would anyway."""
-        self._send(Cancel(request_id, stop=True))
+    def cancel(self, request_id: str, stop: bool = False) -> None:
+        """Have the engine end a request, as STOP with `stop` and as CANCELLED without; its end is still reported."""
+        self._send(Cancel(request_id, stop=stop))
 
     def shut_down(self) -> None:
         """Ask the engine to end in order."""

@@ -1,0 +1,128 @@
+"""Frames survive the wire however it cuts them, and nothing else gets through."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drift_core import frames
+from drift_core.frames import (
+    AcceptedItem,
+    Cancel,
+    Failed,
+    FinishedItem,
+    FrameError,
+    FrameSplitter,
+    LoadItem,
+    Ready,
+    Shutdown,
+    Starting,
+    StepFrame,
+    Submit,
+    TokenLogprob,
+    TokensItem,
+    decode_to_engine,
+    decode_to_gateway,
+    encode_frame,
+)
+from drift_core.sampling_params import SamplingParams
+
+TO_ENGINE = [
+    Submit(
+        "a#0",
+        [1, 2, 3],
+        SamplingParams(temperature=0.5, seed=7, stop_token_ids=[5], logit_bias={3: 1.5}, max_tokens=9),
+        0.5,
+        0.05,
+        None,
+        "chat",
+        -3,
+        "",
+        12.25,
+    ),
+    Cancel("a#0"),
+    Cancel("a#0", stop=True),
+    Shutdown(),
+]
+TO_GATEWAY = [
+    Starting("load weights", 0.5),
+    Ready("demo", "/models/demo", 7, 4096, 2048, 4, "float32", "cpu", 2, [(1, 1), (2, 0)], "gang",
+          "tightest-decode", 16, 100, 1600, 64, 2.0, 0.1, [0]),
+    StepFrame(1.5),
+    StepFrame(
+        1.5,
+        [AcceptedItem("a#0", 2)],
+        [TokensItem(["a#0", "b#1"], [4, 5], True, {"a#0": TokenLogprob(-0.5, [(4, -0.5), (9, -2.0)])})],
+        [FinishedItem("c#0", "stop", "", 1.0, 1.1, 1.2, 1.5, 10, 3)],
+        (1, 1),
+        "spatial",
+        1,
+        2,
+        LoadItem(1, 2, 50),
+    ),
+    Failed("no model directory", usage=True),
+]  # fmt: skip
+
+
+def bodies(data: bytes) -> list[bytes]:
+    return FrameSplitter().feed(data)
+
+
+@pytest.mark.parametrize("frame", TO_ENGINE, ids=lambda frame: type(frame).__name__)
+def test_frames_of_the_gateway_come_back_equal(frame: frames.ToEngine) -> None:
+    (body,) = bodies(encode_frame(frame))
+    assert decode_to_engine(body) == frame
+
+
+@pytest.mark.parametrize("frame", TO_GATEWAY, ids=lambda frame: type(frame).__name__)
+def test_frames_of_the_engine_come_back_equal(frame: frames.ToGateway) -> None:
+    (body,) = bodies(encode_frame(frame))
+    assert decode_to_gateway(body) == frame
+
+
+@given(st.lists(st.integers(min_value=1, max_value=40), max_size=200))
+def test_however_the_bytes_are_cut_the_frames_are_the_same(cuts: list[int]) -> None:
+    data = b"".join(encode_frame(frame) for frame in TO_GATEWAY)
+    splitter, found, position = FrameSplitter(), [], 0
+    for length in [*cuts, len(data)]:
+        found += splitter.feed(data[position : position + length])
+        position += length
+    assert [decode_to_gateway(body) for body in found] == TO_GATEWAY
+
+
+def test_a_length_above_the_cap_is_refused_before_its_bytes_come() -> None:
+    with pytest.raises(FrameError, match="longer than"):
+        FrameSplitter().feed((frames.MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
+
+
+def test_a_frame_above_the_cap_is_not_sent() -> None:
+    with pytest.raises(FrameError, match="longer than"):
+        encode_frame(Failed("x" * frames.MAX_FRAME_BYTES))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode(["no-such-frame", 1]),
+        msgspec.msgpack.encode(["cancel", 7]),
+        msgspec.msgpack.encode(["step", "soon"]),
+        encode_frame(Shutdown())[4:-1],
+    ],
+)
+def test_what_is_no_frame_is_refused(body: bytes) -> None:
+    with pytest.raises(FrameError, match="not a frame from an engine"):
+        decode_to_gateway(body)
+    with pytest.raises(FrameError, match="not a frame from a gateway"):
+        decode_to_engine(body)
+
+
+def test_sampling_out_of_bounds_does_not_decode() -> None:
+    body = msgspec.msgpack.encode(
+        ["submit", "a", [1], {"temperature": 1e9}, 1.0, 0.1, None, "default", 0, "", 0.0]
+    )
+    with pytest.raises(FrameError, match="temperature"):
+        decode_to_engine(body)

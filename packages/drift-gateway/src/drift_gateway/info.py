@@ -1,0 +1,165 @@
+"""drift.v1.InfoService: what is served and how it is doing, from the supervisor's state."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import grpc
+
+from drift_core.frames import Ready
+from drift_gateway import __version__
+from drift_gateway.refusal import Refusal, invalid
+from drift_gateway.supervisor import Served, State, Supervisor
+from drift_gateway.timeline import Stretch
+from drift_gateway.v1 import generation_pb2, info_pb2_grpc
+from drift_gateway.v1 import info_pb2 as pb
+
+DEFAULT_INTERVAL_MS = 500
+READINESS = {
+    State.STARTING: pb.READINESS_STARTING,
+    State.READY: pb.READINESS_READY,
+    State.RESTARTING: pb.READINESS_RESTARTING,
+    State.STOPPING: pb.READINESS_STOPPING,
+}
+SHARINGS = {
+    None: pb.SHARING_IDLE,
+    "spatial": pb.SHARING_SPATIAL,
+    "temporal": pb.SHARING_TEMPORAL,
+    "fused": pb.SHARING_FUSED,
+    "exclusive": pb.SHARING_EXCLUSIVE,
+}
+
+
+class InfoService(info_pb2_grpc.InfoServiceServicer):
+    """Answers in every state. `stopping` ends the streams of watchers."""
+
+    def __init__(self, supervisor: Supervisor, max_in_flight: int, stopping: asyncio.Event) -> None:
+        self._supervisor = supervisor
+        self._max_in_flight = max_in_flight
+        self._stopping = stopping
+
+    async def GetServerInfo(
+        self,
+        request: pb.GetServerInfoRequest,
+        context: grpc.aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
+    ) -> pb.GetServerInfoResponse:
+        """What is served, and whether it is ready."""
+        supervisor = self._supervisor
+        info = pb.GetServerInfoResponse(
+            version=__version__, readiness=READINESS[supervisor.state], engine_restarts=supervisor.restarts
+        )
+        if supervisor.served is None and supervisor.phase is not None:
+            phase = supervisor.phase
+            info.start_up.CopyFrom(pb.StartUp(phase=phase.phase, fraction=phase.fraction))
+        if supervisor.last_ready is not None:
+            _describe(info, supervisor.last_ready)
+        return info
+
+    async def GetLoad(
+        self,
+        request: pb.GetLoadRequest,
+        context: grpc.aio.ServicerContext[pb.GetLoadRequest, pb.GetLoadResponse],
+    ) -> pb.GetLoadResponse:
+        """How full it is."""
+        return pb.GetLoadResponse(load=self._load())
+
+    async def WatchStats(
+        self,
+        request: pb.WatchStatsRequest,
+        context: grpc.aio.ServicerContext[pb.WatchStatsRequest, pb.WatchStatsResponse],
+    ) -> None:
+        """Load and timeline until the client leaves or the server stops."""
+        try:
+            interval = _interval(request)
+        except Refusal as refusal:
+            await context.abort(refusal.code, str(refusal))
+        watcher = self._supervisor.timeline.watch()
+        while True:
+            last = self._stopping.is_set()
+            now = time.monotonic()
+            stretches, dropped = watcher.take(now)
+            await context.write(
+                pb.WatchStatsResponse(
+                    time_us=int(now * 1e6),
+                    load=self._load(),
+                    stretches=map(_stretch, stretches),
+                    dropped=dropped,
+                )
+            )
+            if last:
+                return
+            try:
+                await asyncio.wait_for(self._stopping.wait(), interval)
+            except TimeoutError:
+                continue
+
+    def _load(self) -> pb.Load:
+        supervisor = self._supervisor
+        timeline, served = supervisor.timeline, supervisor.served
+        load = pb.Load(
+            in_flight=served.client.in_flight if served is not None else 0,
+            max_in_flight=self._max_in_flight,
+            tokens_generated=timeline.tokens_generated,
+            requests_finished=timeline.requests_finished,
+        )
+        if timeline.load is not None:
+            load.waiting = timeline.load.waiting
+            load.running = timeline.load.running
+            load.free_pages = timeline.load.free_pages
+            load.preemptions = timeline.load.preemptions
+        return load
+
+
+def _interval(request: pb.WatchStatsRequest) -> float:
+    interval_ms = request.interval_ms if request.HasField("interval_ms") else DEFAULT_INTERVAL_MS
+    if not 20 <= interval_ms <= 60_000:
+        raise invalid("interval_ms", f"{interval_ms} is not from 20 to 60000")
+    return interval_ms / 1e3
+
+
+def _describe(info: pb.GetServerInfoResponse, served: Served) -> None:
+    ready = served.ready
+    info.model.CopyFrom(
+        pb.Model(
+            name=ready.model,
+            vocab_size=ready.vocab_size,
+            max_context_tokens=ready.max_context,
+            num_layers=ready.num_layers,
+            dtype=ready.dtype,
+            has_tokenizer=served.tokenizer is not None,
+            has_chat_template=served.tokenizer is not None and served.tokenizer.has_chat_template,
+        )
+    )
+    info.device.CopyFrom(pb.Device(name=ready.device, units=ready.units, partition_menu=_menu(ready)))
+    info.policies.CopyFrom(pb.Policies(dispatch=ready.dispatch, partition=ready.partition))
+    info.kv_pool.CopyFrom(
+        pb.KvPool(
+            page_tokens=ready.page_tokens,
+            total_pages=ready.kv_pages,
+            total_tokens=ready.kv_tokens,
+            max_running=ready.max_running,
+        )
+    )
+    info.slo_defaults.CopyFrom(
+        generation_pb2.SLO(ttft_ms=ready.slo_ttft * 1e3, tbt_ms=ready.slo_tbt * 1e3, **{"class": "default"})
+    )
+
+
+def _menu(ready: Ready) -> list[pb.Partition]:
+    return [pb.Partition(prefill_units=prefill, decode_units=decode) for prefill, decode in ready.menu]
+
+
+def _stretch(stretch: Stretch) -> pb.Stretch:
+    use = stretch.use
+    message = pb.Stretch(
+        start_us=int(stretch.start * 1e6),
+        stop_us=int(stretch.stop * 1e6),
+        sharing=SHARINGS.get(use.sharing, pb.SHARING_UNSPECIFIED),
+        prefill_requests=use.prefill_requests,
+        decode_requests=use.decode_requests,
+    )
+    if use.partition is not None:
+        prefill, decode = use.partition
+        message.partition.CopyFrom(pb.Partition(prefill_units=prefill, decode_units=decode))
+    return message

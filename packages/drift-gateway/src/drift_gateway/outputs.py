@@ -1,0 +1,200 @@
+"""One output of a request: engine tokens become TokenDeltas and one Finished.
+
+Detokenises, looks for stop strings, numbers the deltas and keeps the proof of latency. Knows nothing of sockets
+or streams: it is asked for the messages that are due.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import ceil
+from typing import Protocol
+
+from drift_core.frames import FinishedItem, TokenLogprob
+from drift_core.link import Progress
+from drift_gateway.v1 import generation_pb2 as pb
+from drift_scheduler.domain import SLO, FinishReason
+
+REASONS = {
+    FinishReason.STOP.value: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH.value: pb.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED.value: pb.FINISH_REASON_CANCELLED,
+    FinishReason.REJECTED.value: pb.FINISH_REASON_REJECTED,
+    FinishReason.FAILED.value: pb.FINISH_REASON_FAILED,
+}
+
+
+class Detokenizer(Protocol):
+    """What is asked of `drift_core.tokenizer.IncrementalDetokenizer`."""
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that came, if one did."""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that is safe to show after these tokens."""
+
+    def finish(self) -> str:
+        """Text still held back."""
+
+
+class Output:
+    """Turns what one engine request tells into messages.
+
+    `detokenizer` is `None` for a model without a tokenizer: token ids only. `stops`: whether there are stop
+    strings, so that tokens are looked at one by one. `arrival` is when the gateway received the request, on
+    `time.monotonic()`.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        progress: Progress,
+        detokenizer: Detokenizer | None,
+        stops: bool,
+        arrival: float,
+        slo: SLO,
+    ) -> None:
+        self.index = index
+        self.progress = progress
+        self.ended = False
+        self.stop_due = False
+        """Set when a stop string came and the engine is to be told."""
+        self._detokenizer = detokenizer
+        self._stops = stops and detokenizer is not None
+        self._arrival = arrival
+        self._slo = slo
+        self._sequence = 0
+        self._times: array[float] = array("d")
+        self._stop_string: str | None = None
+
+    def advance(self, gateway_seconds: float) -> Iterator[pb.GenerateResponse]:
+        """Messages for what came since the last call. `gateway_seconds`: what admission took."""
+        if self.ended:
+            return
+        noticed = time.monotonic()
+        token_ids, times, logprobs = self.progress.take()
+        finished = self.progress.finished
+        text = ""
+        if self._stop_string is not None:
+            token_ids = []  # the engine was not told in time
+        elif token_ids:
+            kept, text = self._text_of(token_ids, finished)
+            token_ids, times = token_ids[:kept], times[:kept]
+        if self._detokenizer is not None and finished is not None and self._stop_string is None:
+            text += self._detokenizer.finish()
+        if token_ids or text:
+            self._times.extend(times)
+            yield self._delta(text, token_ids, times, logprobs)
+        if finished is not None:
+            self.ended = True
+            yield self._finished(finished, gateway_seconds + time.monotonic() - noticed)
+
+    def _text_of(self, token_ids: list[int], finished: FinishedItem | None) -> tuple[int, str]:
+        """How many of the tokens belong to the output, and the text they release."""
+        if self._detokenizer is None:
+            return len(token_ids), ""
+        shown: Sequence[int] = token_ids
+        if finished is not None and finished.reason == FinishReason.STOP.value:
+            shown = token_ids[:-1]  # the stop token itself has no text
+        if not self._stops:
+            return len(token_ids), self._detokenizer.push(shown)
+        text = ""
+        for position, token_id in enumerate(shown):
+            text += self._detokenizer.push((token_id,))
+            if self._detokenizer.stopped is not None:
+                self._stop_string = self._detokenizer.stopped
+                self.stop_due = finished is None
+                return position + 1, text
+        return len(token_ids), text
+
+    def _delta(
+        self,
+        text: str,
+        token_ids: Sequence[int],
+        times: array[float],
+        logprobs: Sequence[TokenLogprob | None] | None,
+    ) -> pb.GenerateResponse:
+        arrival = self._arrival
+        delta = pb.TokenDelta(
+            output_index=self.index,
+            sequence=self._sequence,
+            text=text,
+            token_ids=token_ids,
+            offsets_us=[max(0, int((at - arrival) * 1e6)) for at in times[: len(token_ids)]],
+        )
+        if logprobs is not None:
+            delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
+        self._sequence += 1
+        return pb.GenerateResponse(token_delta=delta)
+
+    def _finished(self, item: FinishedItem, gateway_seconds: float) -> pb.GenerateResponse:
+        reason = pb.FINISH_REASON_STOP if self._stop_string is not None else REASONS[item.reason]
+        finished = pb.Finished(
+            output_index=self.index,
+            reason=reason,
+            message=item.message,
+            usage=pb.Usage(
+                prompt_tokens=item.prompt_tokens,
+                cached_tokens=item.cached_tokens,
+                output_tokens=len(self._times),
+            ),
+            timing=timing(item, self._arrival, self._times, self._slo, gateway_seconds),
+        )
+        if self._stop_string is not None:
+            finished.stop_string = self._stop_string
+        return pb.GenerateResponse(finished=finished)
+
+
+def timing(
+    item: FinishedItem, arrival: float, times: Sequence[float], slo: SLO, gateway_seconds: float
+) -> pb.RequestTiming:
+    """The proof: token `times` and the engine's account against the targets."""
+    proof = pb.RequestTiming(
+        preemptions=item.preemptions,
+        recomputed_tokens=item.recomputed_tokens,
+        slo=wire_slo(slo),
+        gateway_ms=gateway_seconds * 1e3,
+    )
+    if item.scheduled is not None:
+        proof.queue_ms = (item.scheduled - arrival) * 1e3
+    if not times:
+        return proof
+    proof.ttft_ms = (times[0] - arrival) * 1e3
+    proof.ttft_met = times[0] - arrival <= slo.ttft
+    proof.e2e_ms = (times[-1] - arrival) * 1e3
+    if slo.e2e is not None:
+        proof.e2e_met = times[-1] - arrival <= slo.e2e
+    if item.scheduled is not None:
+        proof.prefill_ms = (times[0] - item.scheduled) * 1e3
+    gaps = sorted(after - before for before, after in pairwise(times))
+    if gaps:
+        proof.tbt_p50_ms = percentile(gaps, 0.5) * 1e3
+        proof.tbt_p99_ms = percentile(gaps, 0.99) * 1e3
+        proof.tbt_max_ms = gaps[-1] * 1e3
+        proof.tbt_met = percentile(gaps, 0.99) <= slo.tbt
+        proof.late_tokens = sum(gap > slo.tbt for gap in gaps)
+    return proof
+
+
+def percentile(ordered: Sequence[float], fraction: float) -> float:
+    """Nearest rank: the smallest value with at least `fraction` of all values at or below it."""
+    return ordered[max(0, ceil(fraction * len(ordered)) - 1)]
+
+
+def wire_slo(slo: SLO) -> pb.SLO:
+    """Targets as they go over the wire."""
+    message = pb.SLO(ttft_ms=slo.ttft * 1e3, tbt_ms=slo.tbt * 1e3, **{"class": slo.name})
+    if slo.e2e is not None:
+        message.e2e_ms = slo.e2e * 1e3
+    return message
+
+
+def _logprobs(logprob: TokenLogprob | None) -> pb.TokenLogprobs:
+    if logprob is None:
+        return pb.TokenLogprobs()
+    top = [pb.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
+    return pb.TokenLogprobs(logprob=logprob.logprob, top=top)

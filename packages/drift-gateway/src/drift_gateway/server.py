@@ -1,0 +1,158 @@
+"""The gRPC server: services, health, reflection, limits, and the order of starting and stopping.
+
+One grpc.aio loop. The port is taken before the engine starts, so that a port in use is said at once; until the
+engine is ready, Generate answers UNAVAILABLE and health NOT_SERVING.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from drift_gateway.generation import GenerationService
+from drift_gateway.info import InfoService
+from drift_gateway.supervisor import State, Supervisor
+from drift_gateway.v1 import generation_pb2, generation_pb2_grpc, info_pb2, info_pb2_grpc
+from drift_scheduler.errors import DriftError
+
+GENERATION: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+INFO: Final = info_pb2.DESCRIPTOR.services_by_name["InfoService"].full_name
+
+SERVER_OPTIONS: Final = (
+    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
+    ("grpc.max_receive_message_length", 16 * 1024 * 1024),
+    ("grpc.max_send_message_length", 16 * 1024 * 1024),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.absolute_max_metadata_size", 32 * 1024),
+    ("grpc.max_concurrent_streams", 4096),
+    # Keepalive alone took 65 s to notice a dead peer, with the ping timeout 7 s.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Clients may ping while they wait for a long prefill.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen. `host` may be a name; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_address(text: str) -> Address:
+    """HOST:PORT, or [HOST]:PORT for IPv6. Raises DriftError."""
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise DriftError(f"'{text}' is no address to listen on; give HOST:PORT, as 127.0.0.1:50051")
+    return Address(host, int(port))
+
+
+def check_address(address: Address, insecure_bind: bool) -> None:
+    """Raises DriftError, saying why, when a server may not or could not listen there."""
+    try:
+        found = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise DriftError(f"cannot listen on {address}: {error.strerror or error}") from error
+    family, _, _, _, where = found[0]
+    if not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback and not insecure_bind:
+        raise DriftError(
+            f"{address} can be reached from other machines, and this server has neither TLS nor authentication; "
+            "listen on 127.0.0.1, or add --insecure-bind where the network is trusted"
+        )
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+            probe.listen(1)
+        except OSError as error:
+            raise DriftError(_why_not(address, error)) from error
+
+
+def _why_not(address: Address, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {address.port} on {address.host} is in use; stop what listens there or give another --listen"
+    return f"cannot listen on {address}: {error.strerror or error}"
+
+
+class Gateway:
+    """A gRPC server in front of a supervised engine. `port` is the one taken, once `open` has returned."""
+
+    def __init__(self, supervisor: Supervisor, max_in_flight: int = 1024) -> None:
+        self.supervisor = supervisor
+        self.port = 0
+        self._stopping = asyncio.Event()
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        generation = GenerationService(supervisor, max_in_flight)
+        information = InfoService(supervisor, max_in_flight, self._stopping)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        info_pb2_grpc.add_InfoServiceServicer_to_server(information, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (GENERATION, INFO, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def open(self, address: Address) -> None:
+        """Take the port and answer. Raises DriftError when the port cannot be had."""
+        await self.report_health()
+        try:
+            self.port = self._server.add_insecure_port(str(address))
+        except RuntimeError as error:
+            raise DriftError(
+                f"cannot listen on {address}: it is in use or not an address of this machine"
+            ) from error
+        await self._server.start()
+
+    async def report_health(self) -> None:
+        """Tell health watchers how the supervisor's engine is."""
+        serving = self.supervisor.state is State.READY
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        await self._health.set("", status)
+        await self._health.set(GENERATION, status)
+        await self._health.set(INFO, health_pb2.HealthCheckResponse.SERVING)
+
+    async def close(self, grace: float) -> None:
+        """Refuse what is new, let streams run for `grace` seconds, cancel the rest, end engine and server."""
+        self.supervisor.stop_accepting()
+        await self._health.enter_graceful_shutdown()
+        self._stopping.set()
+        served = self.supervisor.served
+        if served is not None:
+            await _drain(served.client.in_flight_ids, grace)
+            for request_id in served.client.in_flight_ids():
+                served.client.cancel(request_id)
+            await _drain(served.client.in_flight_ids, 2.0)
+        await self._server.stop(1.0)
+        await self.supervisor.stop()
+
+
+async def _drain(in_flight: Callable[[], list[str]], patience: float) -> None:
+    """Wait until nothing is in flight, or `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while in_flight() and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)

@@ -1,0 +1,359 @@
+"""Keeps one engine running: starts it, notices its end, starts it again, and remembers what it died of.
+
+Knows processes and sockets, and of gRPC only the status a refused request gets. Requests are lost with the engine
+that held them (their clients try again); one that was inside at two crashes is quarantined.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import sys
+import time
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final, Protocol
+
+import grpc
+import msgspec
+from drift_core.tokenizer import Tokenizer
+
+from drift_core.engine import EngineConfig
+from drift_core.frames import Ready, Starting, Submit
+from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
+from drift_gateway.refusal import Refusal, never_fits, unavailable
+from drift_gateway.timeline import Timeline
+from drift_scheduler.errors import DriftError
+
+log = logging.getLogger("drift.gateway")
+engine_log = logging.getLogger("drift.engine")
+
+CRASHES_TO_QUARANTINE: Final = 2
+REMEMBERED_SUSPECTS: Final = 4096
+ORDERLY_END_S: Final = 5.0
+
+
+class State(Enum):
+    """Whether requests are served now."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    STOPPING = "stopping"
+
+
+class EngineProcess(Protocol):
+    """A started engine process."""
+
+    async def wait(self) -> str:
+        """Wait for its end; says how it ended."""
+
+    def terminate(self) -> None:
+        """Ask the system to end it."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+Spawn = Callable[[Path], Awaitable[EngineProcess]]
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Pauses between restarts: doubling from `first` to `longest` seconds, at most `attempts` in a row.
+
+    An engine that stayed ready for `settled` seconds ends the row.
+    """
+
+    first: float = 0.5
+    longest: float = 30.0
+    attempts: int = 6
+    settled: float = 60.0
+
+    def pause(self, attempt: int) -> float:
+        """Seconds to wait before the restart after the `attempt`-th crash in a row (from 1)."""
+        return min(self.longest, self.first * 2.0 ** (attempt - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running engine and the tokenizer of its model."""
+
+    ready: Ready
+    client: EngineClient
+    tokenizer: Tokenizer | None
+
+
+class Quarantine:
+    """Requests that were in the engine when it crashed, by what they ask for."""
+
+    def __init__(self) -> None:
+        self._crashes: OrderedDict[bytes, int] = OrderedDict()
+
+    def blame(self, fingerprints: Sequence[bytes]) -> None:
+        """They were inside at a crash; each counts once however many copies there were."""
+        for fingerprint in set(fingerprints):
+            self._crashes[fingerprint] = self._crashes.pop(fingerprint, 0) + 1
+        while len(self._crashes) > REMEMBERED_SUSPECTS:
+            self._crashes.popitem(last=False)
+
+    def acquit(self, fingerprint: bytes) -> None:
+        """It ran to its end."""
+        self._crashes.pop(fingerprint, None)
+
+    def check(self, fingerprint: bytes) -> None:
+        """Raises Refusal for one that was inside at too many crashes."""
+        if self._crashes.get(fingerprint, 0) >= CRASHES_TO_QUARANTINE:
+            raise never_fits(
+                f"this request was in the engine at {CRASHES_TO_QUARANTINE} crashes and is quarantined until the "
+                "server is started anew"
+            )
+
+
+class Supervisor:
+    """One engine, kept running. `spawn` starts a process that connects to the given socket.
+
+    `on_change` is told of every change of state, and `on_starting` of start-up phases.
+    """
+
+    def __init__(
+        self,
+        spawn: Spawn,
+        on_change: Callable[[], None] | None = None,
+        on_starting: Callable[[Starting], None] | None = None,
+        backoff: Backoff = Backoff(),
+    ) -> None:
+        self.state = State.STARTING
+        self.phase: Starting | None = None
+        self.served: Served | None = None
+        self.last_ready: Served | None = None
+        self.restarts = 0
+        self.timeline = Timeline()
+        self._spawn = spawn
+        self._on_change = on_change
+        self._on_starting = on_starting
+        self._backoff = backoff
+        self._client: EngineClient | None = None
+        self._process: EngineProcess | None = None
+        self._ready_since = 0.0
+        self._quarantine = Quarantine()
+        self._fingerprints: dict[str, bytes] = {}
+
+    async def start(self) -> Served:
+        """Start the engine and wait until it serves. Raises DriftError when it never will; nothing is left over."""
+        client = self._client = await EngineClient.listen(self._starting, self.timeline.step)
+        client.gone.add_done_callback(self._note_crash)
+        process = self._process = await self._spawn(client.path)
+        ended = asyncio.ensure_future(process.wait())
+        ready = asyncio.ensure_future(client.ready())
+        try:
+            await asyncio.wait((ended, ready), return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():  # it ended before it connected, or its last words are on their way
+                await asyncio.wait((ready,), timeout=1.0)
+            if not ready.done():
+                raise EngineGone(f"the engine process ended while starting: {ended.result()}")
+            facts = ready.result()
+            tokenizer = await asyncio.to_thread(load_tokenizer, facts.directory)
+        except BaseException:
+            ready.cancel()
+            await self._end_engine()
+            raise
+        finally:
+            ended.cancel()
+        self.served = self.last_ready = Served(facts, client, tokenizer)
+        self._ready_since = time.monotonic()
+        self._change(State.READY)
+        return self.served
+
+    async def keep_running(self) -> None:
+        """After `start`: restart the engine whenever it ends. Raises DriftError when that is given up."""
+        crashes = 0
+        while True:
+            assert self._client is not None, "start first"
+            how = await asyncio.shield(self._client.gone)
+            if time.monotonic() - self._ready_since > self._backoff.settled:
+                crashes = 0
+            crashes += 1
+            await self._bury()
+            while True:
+                if crashes > self._backoff.attempts:
+                    raise DriftError(f"the engine crashed {crashes} times in a row, the last time: {how}")
+                pause = self._backoff.pause(crashes)
+                log.error("the engine is gone (%s); starting it again in %.1f s", how, pause)
+                await asyncio.sleep(pause)
+                self.restarts += 1
+                try:
+                    await self.start()
+                    break
+                except (EngineFailed, EngineGone) as error:
+                    crashes, how = crashes + 1, str(error)
+
+    def serving(self) -> Served:
+        """The running engine. Raises Refusal (UNAVAILABLE) when there is none now."""
+        if self.served is not None and self.state is State.READY:
+            return self.served
+        detail = f" ({self.phase.phase}, {self.phase.fraction:.0%})" if self.phase is not None else ""
+        match self.state:
+            case State.STOPPING:
+                raise unavailable("the server is stopping")
+            case State.RESTARTING:
+                raise unavailable(f"the engine crashed and is being started again{detail}; try again")
+            case _:
+                raise unavailable(f"the server is starting{detail}; try again")
+
+    def submit(self, served: Served, frames: Sequence[Submit]) -> Submission:
+        """Send one request's frames to the engine. Raises Refusal on a quarantined request or a lost engine."""
+        fingerprint = fingerprint_of(frames[0])
+        self._quarantine.check(fingerprint)
+        try:
+            submission = served.client.submit(frames)
+        except EngineGone as error:
+            raise unavailable(f"{error}; try again") from error
+        except ValueError as error:
+            raise Refusal(grpc.StatusCode.ALREADY_EXISTS, str(error)) from error
+        for frame in frames:
+            self._fingerprints[frame.id] = fingerprint
+        return submission
+
+    def ended(self, submission: Submission) -> None:
+        """A submission's reader is done with it: cancel what still runs, remember what ended well."""
+        submission.cancel()
+        for request in submission.requests:
+            fingerprint = self._fingerprints.pop(request.id, None)
+            if fingerprint is not None and request.finished is not None:
+                self._quarantine.acquit(fingerprint)
+
+    def stop_accepting(self) -> None:
+        """From now on requests are refused; those in flight go on."""
+        self._change(State.STOPPING)
+
+    async def stop(self) -> None:
+        """End the engine in order. No process and no socket is left."""
+        self.stop_accepting()
+        self.served = None
+        if self._client is not None:
+            self._client.shut_down()
+        await self._end_engine(patience=ORDERLY_END_S)
+
+    async def _bury(self) -> None:
+        """The engine is gone: clear away what is left of it."""
+        self.served = None
+        self.timeline.engine_gone(time.monotonic())
+        self.phase = None
+        self._change(State.RESTARTING)
+        await self._end_engine()
+
+    async def _end_engine(self, patience: float = 0.0) -> None:
+        client, process = self._client, self._process
+        self._client = self._process = None
+        if process is not None:
+            await _end_process(process, patience)
+        if client is not None:
+            await client.close()
+
+    def _starting(self, frame: Starting) -> None:
+        self.phase = frame
+        if self._on_starting is not None:
+            self._on_starting(frame)
+
+    def _note_crash(self, gone: asyncio.Future[str]) -> None:
+        """Runs before the readers learn of it, so that what was inside is still known."""
+        if self.state is State.READY:
+            self._quarantine.blame(list(self._fingerprints.values()))
+            self._fingerprints.clear()
+
+    def _change(self, state: State) -> None:
+        if self.state is State.STOPPING:
+            return
+        self.state = state
+        if self._on_change is not None:
+            self._on_change()
+
+
+def fingerprint_of(frame: Submit) -> bytes:
+    """What makes two requests the same one tried again: prompt and sampling."""
+    digest = hashlib.blake2b(array("q", frame.prompt).tobytes(), digest_size=16)
+    digest.update(msgspec.msgpack.encode(frame.sampling))
+    return digest.digest()
+
+
+def load_tokenizer(directory: str) -> Tokenizer | None:
+    """The tokenizer in a model directory, `None` when there is none. Raises DriftError on a corrupt one."""
+    if not (Path(directory) / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.load(directory)
+
+
+async def _end_process(process: EngineProcess, patience: float) -> None:
+    for seconds, force in ((patience, process.terminate), (2.0, process.kill)):
+        try:
+            await asyncio.wait_for(process.wait(), seconds or 0.05)
+            return
+        except TimeoutError:
+            force()
+    await process.wait()
+
+
+# ------------------------------------------------------------------------------------------ real processes
+
+
+class ChildProcess:
+    """An engine in a process of its own, out of reach of the terminal's Ctrl-C; its output goes to the log."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._tail: deque[str] = deque(maxlen=20)
+        self._relay = asyncio.ensure_future(self._relay_output())
+
+    @classmethod
+    async def spawn(cls, config: EngineConfig, socket_path: Path) -> ChildProcess:
+        """Start `drift_gateway.engine_child`."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "drift_gateway.engine_child",
+            os.fspath(socket_path),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+        )
+        child = cls(process)
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(config))
+        process.stdin.close()
+        return child
+
+    async def wait(self) -> str:
+        """Wait for its end; says how it ended, with its last line of output."""
+        status = await self._process.wait()
+        await asyncio.wait((self._relay,), timeout=1.0)
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return f"{how}; it said: {self._tail[-1]}" if self._tail else how
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        if self._process.returncode is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def _relay_output(self) -> None:
+        assert self._process.stdout is not None
+        rest = b""
+        while data := await self._process.stdout.read(65536):
+            *lines, rest = (rest + data).split(b"\n")
+            rest = rest[-4096:]
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                self._tail.append(text)
+                engine_log.info("%s", text)
