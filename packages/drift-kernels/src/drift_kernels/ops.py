@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from drift_kernels import reference
+from drift_kernels import checks, reference
+from drift_kernels.cpu import CpuOps
 from drift_kernels.inputs import AttentionInputs
+from drift_kernels.native_library import NativeUnavailable, load_native
 
 
 class Ops(Protocol):
@@ -50,33 +52,51 @@ class ReferenceOps:
         self.description = description
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        checks.check_norm(x, weight)
         return reference.rms_norm(x, weight, eps)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        checks.check_norm(x, weight, residual)
         return reference.add_rms_norm(x, residual, weight, eps)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        checks.check_gate_up(gate_up)
         return reference.silu_and_mul(gate_up)
 
     def apply_rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        checks.check_rotary(q, k, cos, sin)
         return reference.apply_rotary(q, k, cos, sin)
 
     def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+        checks.check_write_kv(k, v, k_pages, v_pages, slots)
         reference.write_kv(k, v, k_pages, v_pages, slots)
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, inputs: AttentionInputs) -> Tensor:
+        checks.check_attend(q, k_pages, v_pages, inputs)
         return reference.attend(q, k_pages, v_pages, inputs)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        checks.check_linear(x, weight, bias)
         return reference.linear(x, weight, bias)
 
 
 def select_ops(device: str, dtype: torch.dtype, *, native: bool | None = None) -> Ops:
     """The fastest ops for tensors of `dtype` on `device` ("cpu", "cuda", "cuda:1").
 
-    native: True insists on compiled kernels, False on torch, None takes what there is. Raises ValueError for
-    a dtype no implementation carries.
+    native: True insists on compiled kernels, False on torch, None takes what there is and says in `description`
+    why it is not more. Raises ValueError for a dtype no implementation carries, NativeUnavailable when insisting.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {dtype} is not supported; choose float32, bfloat16 or float16")
-    return ReferenceOps()
+    if native is False:
+        return ReferenceOps("torch reference, as asked")
+    try:
+        if torch.device(device).type != "cpu":
+            raise NativeUnavailable(f"no native kernels for device {device}")
+        if dtype == torch.float16:
+            raise NativeUnavailable("no native kernels for float16 on CPU; bfloat16 and float32 have them")
+        return CpuOps(load_native())
+    except NativeUnavailable as why:
+        if native:
+            raise
+        return ReferenceOps(f"torch reference: {why}")

@@ -1,0 +1,852 @@
+// CPU kernels of Drift. `reference.py` says what each computes; `cpu.py` compiles, loads and calls this file.
+//
+// Plain C for GNU compilers, vector code in 16 lanes of float. Rules: no state but what drift_init sets, since two
+// lanes run the same function at once; scratch is on the stack or passed in; nothing is checked here, the caller has.
+// Elements are fp32 (dtype 0) or bf16 (dtype 1); sums are always fp32. Strides count elements.
+
+#define _GNU_SOURCE
+#pragma GCC diagnostic ignored "-Wpsabi"
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAVE_DPBF16 1
+#endif
+#if defined(HAVE_DPBF16) && defined(__AMX_BF16__) && defined(__linux__)
+#define HAVE_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+enum { F32 = 0, BF16 = 1 };
+enum { SMALL = 1 << 21 };  // multiplications below which waking a worker (10-20 us) does not pay
+enum { PORTABLE = 0, DPBF16 = 1, AMX = 2 };
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef uint16_t half __attribute__((vector_size(32)));
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
+
+// ---------------------------------------------------------------------------------------------------------- teams
+
+typedef void (*region)(void *);
+static void (*team_run)(region, void *, unsigned, unsigned);  // GOMP_parallel of the libgomp that torch loaded
+static int level;                                              // PORTABLE, DPBF16 or AMX
+
+struct job {
+    void (*work)(const void *args, long task);
+    const void *args;
+    long tasks, next;
+};
+
+static void member(void *p) {
+    struct job *job = p;
+    for (long t; (t = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED)) < job->tasks;) job->work(job->args, t);
+}
+
+// Run tasks 0..tasks-1, in any order, on the calling thread's team. One thread never touches the team: a smaller
+// region would make libgomp end the workers that it leaves out.
+static void each(long tasks, int threads, void (*work)(const void *, long), const void *args) {
+    struct job job = {work, args, tasks, 0};
+    if (threads > 1 && tasks > 1 && team_run)
+        team_run(member, &job, (unsigned)threads, 0);
+    else
+        member(&job);
+}
+
+// Returns the instruction level in use. gomp_parallel may be null: then every call stays on its thread.
+int drift_init(void *gomp_parallel, int highest) {
+    team_run = gomp_parallel;
+    level = PORTABLE;
+#ifdef HAVE_DPBF16
+    level = DPBF16;
+#endif
+#ifdef HAVE_AMX
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0) level = AMX;
+#endif
+    return level = MIN(level, highest);
+}
+
+// --------------------------------------------------------------------------------------------- sixteen lanes at once
+
+INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE vec widen(half h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+
+// fp32 to bf16 as torch does: to nearest, ties to even; NaN stays NaN.
+INLINE half narrow(vec x) {
+    uvec u = (uvec)x;
+    uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    uvec nan = (uvec)(x != x);
+    return __builtin_convertvector((rounded & ~nan) | (0x7fc0 & nan), half);
+}
+
+INLINE vec load(const void *p, long i, int dtype) {
+    if (dtype == BF16) {
+        half h;
+        memcpy(&h, (const uint16_t *)p + i, sizeof h);
+        return widen(h);
+    }
+    vec v;
+    memcpy(&v, (const float *)p + i, sizeof v);
+    return v;
+}
+
+INLINE void store(void *p, long i, vec v, int dtype) {
+    if (dtype == BF16) {
+        half h = narrow(v);
+        memcpy((uint16_t *)p + i, &h, sizeof h);
+    } else {
+        memcpy((float *)p + i, &v, sizeof v);
+    }
+}
+
+// What a torch op of this dtype would hand to the next one.
+INLINE vec rounded(vec v, int dtype) { return dtype == BF16 ? widen(narrow(v)) : v; }
+
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+
+INLINE vec vmax(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+INLINE vec vmin(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return choose(a < b, a, b);
+#endif
+}
+
+INLINE float sum(vec v) {
+    vec8 a[2];
+    memcpy(a, &v, sizeof a);
+    a[0] += a[1];
+    vec4 b[2];
+    memcpy(b, a, sizeof b);
+    b[0] += b[1];
+    return b[0][0] + b[0][1] + (b[0][2] + b[0][3]);
+}
+
+INLINE float largest(vec v) {
+    float s[16];
+    memcpy(s, &v, sizeof s);
+    for (int w = 8; w; w /= 2)
+        for (int i = 0; i < w; i++) s[i] = MAX(s[i], s[i + w]);
+    return s[0];
+}
+
+// e^x to about 2e-7 relative for x <= 88; 0 below -87. Cephes' expf polynomial after x = n ln 2 + r.
+INLINE vec vexp(vec x) {
+    ivec tiny = x < -87.0f;
+    x = choose(tiny, splat(-87.0f), x);
+    vec t = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits
+    ivec n = (ivec)t - 0x4b400000;
+    vec nf = t - 12582912.0f;
+    vec r = x - nf * 0.693359375f - nf * -2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (vec)((ivec)((vec)((ivec)p + (n << 23))) & ~tiny);
+}
+
+#ifdef HAVE_DPBF16
+// Transpose 16 x 16 words in registers.
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#endif
+
+#ifdef HAVE_AMX
+struct tiles {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64)));
+
+// GCC's tile intrinsics do not say that they read and write memory: order them against plain accesses.
+#define FENCE() __asm__ volatile("" ::: "memory")
+
+// All eight tiles as 16 rows of 64 bytes. The configuration that oneDNN left is put back afterwards.
+INLINE void tiles_begin(struct tiles *saved) {
+    struct tiles all = {.palette = 1};
+    for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = 16;
+    _tile_storeconfig(saved);
+    FENCE();
+    _tile_loadconfig(&all);
+}
+
+INLINE void tiles_end(const struct tiles *saved) {
+    if (saved->palette)
+        _tile_loadconfig(saved);
+    else
+        _tile_release();
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------- linear
+// out[M, N] = x[M, K] w[N, K]^T + bias[N]. Weights are read once, as they lie: at small M their bytes are the cost.
+
+struct linear {
+    const void *x, *w, *bias;
+    void *out;
+    uint16_t *packed;  // AMX: M rounded up to 16, times K
+    long M, N, K, ldx, ldo;
+    int dtype;
+};
+
+static __attribute__((noinline)) void finish(const struct linear *a, long m, long n, float s) {
+    if (a->dtype == BF16) {
+        uint16_t *out = (uint16_t *)a->out + m * a->ldo + n;
+        if (a->bias) s += widen((half){((const uint16_t *)a->bias)[n]})[0];
+        *out = narrow(splat(s))[0];
+    } else {
+        ((float *)a->out)[m * a->ldo + n] = s + (a->bias ? ((const float *)a->bias)[n] : 0);
+    }
+}
+
+INLINE void dots(const struct linear *a, long m, long n, int rows, int cols, int dtype) {
+    vec acc[4][4] = {0};
+    for (long k = 0; k < a->K; k += 16) {
+        vec w[4];
+        for (int j = 0; j < cols; j++) w[j] = load(a->w, (n + j) * a->K + k, dtype);
+        for (int i = 0; i < rows; i++) {
+            vec x = load(a->x, (m + i) * a->ldx + k, dtype);
+            for (int j = 0; j < cols; j++) acc[i][j] += x * w[j];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) finish(a, m + i, n + j, sum(acc[i][j]));
+}
+
+#ifdef HAVE_DPBF16
+INLINE void dots_bf16(const struct linear *a, long m, long n, int rows, int cols) {
+    const uint16_t *wp = a->w, *xp = a->x;
+    __m512 acc[4][4];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) acc[i][j] = _mm512_setzero_ps();
+    for (long k = 0; k < a->K; k += 32) {
+        __m512bh w[4];
+        for (int j = 0; j < cols; j++) {
+            const uint16_t *row = wp + (n + j) * a->K + k;
+            w[j] = (__m512bh)_mm512_loadu_si512(row);
+            if (m == 0) _mm_prefetch((const char *)(row + 512), _MM_HINT_T0);
+        }
+        for (int i = 0; i < rows; i++) {
+            __m512bh x = (__m512bh)_mm512_loadu_si512(xp + (m + i) * a->ldx + k);
+            for (int j = 0; j < cols; j++) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, w[j]);
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < cols; j++) finish(a, m + i, n + j, _mm512_reduce_add_ps(acc[i][j]));
+}
+#endif
+
+INLINE void block(const struct linear *a, long m, long n, int rows, int cols) {
+#ifdef HAVE_DPBF16
+    if (a->dtype == BF16 && level >= DPBF16) return dots_bf16(a, m, n, rows, cols);
+#endif
+    if (a->dtype == BF16)
+        dots(a, m, n, rows, cols, BF16);
+    else
+        dots(a, m, n, rows, cols, F32);
+}
+
+enum { STRIPE = 32 };  // output columns a task owns
+
+static void linear_stripe(const void *args, long task) {
+    const struct linear *a = args;
+    for (long n = task * STRIPE; n < MIN(a->N, (task + 1) * STRIPE);) {
+        int four = a->N - n >= 4;
+        for (long m = 0; m < a->M;) {
+            if (a->M - m >= 4 && four)
+                block(a, m, n, 4, 4), m += 4;
+            else if (a->M - m >= 2 && four)
+                block(a, m, n, 2, 4), m += 2;
+            else if (four)
+                block(a, m, n, 1, 4), m += 1;
+            else
+                block(a, m, n, 1, 1), m += 1;
+        }
+        n += four ? 4 : 1;
+    }
+}
+
+#ifdef HAVE_AMX
+// x rows 16t..16t+15 as the right-hand tiles of tdpbf16: per 32 of K, words [pair of k][row], 1 KiB a tile.
+static void linear_pack(const void *args, long t) {
+    const struct linear *a = args;
+    const uint16_t *x = (const uint16_t *)a->x + 16 * t * a->ldx;
+    uint16_t *out = a->packed + 16 * t * a->K;
+    int rows = (int)MIN(16, a->M - 16 * t);
+    for (long k = 0; k < a->K; k += 32, out += 512) {
+        __m512i r[16];
+        for (int i = 0; i < 16; i++)
+            r[i] = i < rows ? _mm512_loadu_si512(x + i * a->ldx + k) : _mm512_setzero_si512();
+        transpose(r);
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + 32 * i, r[i]);
+    }
+}
+
+// sums[16 n][16 m] to out[m][n..n+15].
+INLINE void linear_store(const struct linear *a, const float *sums, long m, long n) {
+    __m512i r[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(sums + 16 * i);
+    transpose(r);
+    __m512 bias = a->bias ? (__m512)load(a->bias, n, BF16) : _mm512_setzero_ps();
+    int rows = (int)MIN(16, a->M - m);
+    for (int i = 0; i < rows; i++) {
+        __m256bh h = _mm512_cvtneps_pbh(_mm512_add_ps((__m512)r[i], bias));
+        _mm256_storeu_si256((__m256i *)((uint16_t *)a->out + (m + i) * a->ldo + n), (__m256i)h);
+    }
+}
+
+// 32 output columns: weights are the left-hand tiles just as they lie in memory.
+static void linear_tiles(const void *args, long task) {
+    const struct linear *a = args;
+    long K = a->K, n = MIN(task * 32, a->N - 32);  // the last stripe may redo some of the one before
+    const uint16_t *w = (const uint16_t *)a->w + n * K;
+    float sums[4][256] __attribute__((aligned(64)));
+    struct tiles saved;
+    tiles_begin(&saved);
+    for (long m = 0; m < a->M; m += 32) {
+        const uint16_t *x0 = a->packed + m * K, *x1 = x0 + 16 * K;
+        int two = m + 16 < a->M;
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (long k = 0; k < K; k += 32) {
+            _tile_loadd(4, w + k, K * 2);
+            _tile_loadd(5, w + k + 16 * K, K * 2);
+            _tile_loadd(6, x0 + k * 16, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            if (two) {
+                _tile_loadd(7, x1 + k * 16, 64);
+                _tile_dpbf16ps(2, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            if (m == 0) {  // the weights come from memory: 16 lines ahead, then on into the next stripe's rows
+                long ahead = k + 512 < K ? k + 512 : k + 512 + 31 * K;
+                for (int i = 0; i < 32; i++) _mm_prefetch((const char *)(w + ahead + i * K), _MM_HINT_T1);
+            }
+        }
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        if (two) {
+            _tile_stored(2, sums[2], 64);
+            _tile_stored(3, sums[3], 64);
+        }
+        FENCE();
+        linear_store(a, sums[0], m, n), linear_store(a, sums[1], m, n + 16);
+        if (two) {
+            linear_store(a, sums[2], m + 16, n), linear_store(a, sums[3], m + 16, n + 16);
+        }
+    }
+    tiles_end(&saved);
+}
+#endif
+
+// packed: room for (M rounded up to 16) * K elements to use AMX (bf16, N >= 32, K a multiple of 32), else null.
+void drift_linear(const void *x, const void *w, const void *bias, void *out, void *packed, long M, long N, long K,
+                  long ldx, int dtype, int threads) {
+    struct linear a = {x, w, bias, out, packed, M, N, K, ldx, N, dtype};
+    if (N * K * MAX(M, 8) < SMALL) threads = 1;
+#ifdef HAVE_AMX
+    if (packed) {
+        each((M + 15) / 16, M * K < SMALL ? 1 : threads, linear_pack, &a);
+        each((N + 31) / 32, threads, linear_tiles, &a);
+        return;
+    }
+#endif
+    each((N + STRIPE - 1) / STRIPE, threads, linear_stripe, &a);
+}
+
+// ------------------------------------------------------------------------------------------------------- attention
+// One task is one sequence, one KV head and a run of query rows. A row is (query token, head of the group), numbered
+// token * group + head, so that grouped queries share every key and value that is loaded.
+
+enum { KV = 64 };  // tokens of KV taken together: one rescaling of the sums per row
+static const float HIDDEN = -1e30f;  // finite: a row that has seen nothing yet must not turn into NaN
+
+struct attend {
+    const void *q, *k_pages, *v_pages;
+    void *out;
+    const int32_t *starts, *contexts, *table;
+    long T, B, Hq, Hk, D, ldq, max_pages, num_pages, page_tokens, runs, rows, window;
+    float scale;
+    int dtype;
+    long *bad_page;
+};
+
+struct span {  // what one task works on
+    long b, head, context, first_position, r0, r1, lo, hi;
+};
+
+// Decode a task number. Returns 0 if the sequence has fewer runs of rows than the longest one.
+INLINE int span_of(const struct attend *a, long task, struct span *s) {
+    long group = a->Hq / a->Hk, run = task % a->runs;
+    s->head = task / a->runs % a->Hk;
+    s->b = task / a->runs / a->Hk;
+    long queries = a->starts[s->b + 1] - a->starts[s->b];
+    s->r0 = run * a->rows;
+    s->r1 = MIN(s->r0 + a->rows, queries * group);
+    if (s->r0 >= s->r1) return 0;
+    s->context = a->contexts[s->b];
+    s->first_position = s->context - queries;
+    s->lo = a->window ? MAX(0, s->first_position + s->r0 / group - a->window + 1) : 0;
+    s->hi = s->first_position + (s->r1 - 1) / group + 1;
+    return 1;
+}
+
+INLINE const char *query_row(const struct attend *a, const struct span *s, long r, int size) {
+    long group = a->Hq / a->Hk, token = a->starts[s->b] + r / group;
+    return (const char *)a->q + (token * a->ldq + (s->head * group + r % group) * a->D) * size;
+}
+
+INLINE char *out_row(const struct attend *a, const struct span *s, long r, int size) {
+    long group = a->Hq / a->Hk, token = a->starts[s->b] + r / group;
+    return (char *)a->out + ((token * a->Hq) + s->head * group + r % group) * a->D * size;
+}
+
+// Where tokens t0..t0+n-1 lie in k_pages and v_pages, in elements. Returns 0 on a page that does not exist.
+INLINE int offsets(const struct attend *a, const struct span *s, long t0, int n, long at[KV]) {
+    long page = t0 / a->page_tokens, in_page = t0 % a->page_tokens, row = a->Hk * a->D;
+    for (int i = 0; i < n; page++, in_page = 0) {
+        long id = a->table[s->b * a->max_pages + page];
+        if (id < 0 || id >= a->num_pages) {
+            __atomic_store_n(a->bad_page, id, __ATOMIC_RELAXED);
+            return 0;
+        }
+        for (; in_page < a->page_tokens && i < n; i++, in_page++)
+            at[i] = (id * a->page_tokens + in_page) * row + s->head * a->D;
+    }
+    return 1;
+}
+
+// One row, any dtype: scores by dot products, sums in registers sixteen dimensions at a time.
+INLINE void attend_row(const struct attend *a, const struct span *s, long r, float *q, int size, int dtype) {
+    long D = a->D, position = s->first_position + r / (a->Hq / a->Hk);
+    long lo = a->window ? MAX(s->lo, position - a->window + 1) : s->lo;
+    float most = HIDDEN, total = 0, sums[256] = {0};
+    const char *query = query_row(a, s, r, size);
+    for (long d = 0; d < D; d += 16) store(q, d, load(query, d, dtype), F32);
+    for (long t0 = lo; t0 <= position; t0 += KV) {
+        int n = (int)MIN(KV, position + 1 - t0);
+        float p[KV];
+        long at[KV];
+        if (!offsets(a, s, t0, n, at)) return;
+        for (int i = n; i < KV; i++) p[i] = HIDDEN;
+        for (int i = 0; i < n; i++) {
+            vec acc = splat(0);
+            for (long d = 0; d < D; d += 16) acc += load(q, d, F32) * load(a->k_pages, at[i] + d, dtype);
+            p[i] = sum(acc) * a->scale;
+        }
+        vec peak = splat(most);
+        for (int i = 0; i < KV; i += 16) peak = vmax(peak, load(p, i, F32));
+        float now = largest(peak), fade = expf(most - now);
+        vec mass = splat(0);
+        for (int i = 0; i < KV; i += 16) {
+            vec e = vexp(load(p, i, F32) - now);
+            mass += e;
+            store(p, i, e, F32);
+        }
+        total = total * fade + sum(mass), most = now;
+        for (long d = 0; d < D; d += 16) {
+            vec acc = load(sums, d, F32) * fade;
+            for (int i = 0; i < n; i++) acc += p[i] * load(a->v_pages, at[i] + d, dtype);
+            store(sums, d, acc, F32);
+        }
+    }
+    char *out = out_row(a, s, r, size);
+    for (long d = 0; d < D; d += 16) store(out, d, load(sums, d, F32) / total, dtype);
+}
+
+static void attend_rows(const void *args, long task) {
+    const struct attend *a = args;
+    struct span s;
+    float q[256];
+    if (!span_of(a, task, &s)) return;
+    for (long r = s.r0; r < s.r1; r++) {
+        if (a->dtype == BF16)
+            attend_row(a, &s, r, q, 2, BF16);
+        else
+            attend_row(a, &s, r, q, 4, F32);
+    }
+}
+
+#ifdef HAVE_AMX
+// Everything is laid out with the query row as the lane, so softmax needs no sums across lanes:
+//   scores[token][row] = K[token][d] Q^T[d][row]      K tiles as they lie, copied to clear the tail
+//   sums[d][row] += V^T[d][token] P[token][row]       V transposed once per KV block, for all rows of the task
+enum { ROWS = 128, LANES = 16 };
+
+struct amx_scratch {
+    uint16_t q[ROWS / LANES][8][512];  // per 32 dimensions: words [pair of d][row]
+    uint16_t k[KV][256];
+    uint16_t v[16][2][512];  // per 16 dimensions, per 32 tokens: [d][token]
+    float scores[KV][LANES];
+    uint16_t p[2][512];  // per 32 tokens: words [pair of tokens][row]
+    float sums[ROWS / LANES][16][16][LANES];
+    float most[ROWS / LANES][LANES], total[ROWS / LANES][LANES];
+    long at[KV];
+} __attribute__((aligned(64)));
+
+INLINE __m512i load_tail(const uint16_t *p, long left) {  // 32 halves, zero from `left` on
+    return left >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16((1u << left) - 1, p);
+}
+
+static void amx_pack_q(const struct attend *a, const struct span *s, struct amx_scratch *w) {
+    for (long r = s->r0; r < s->r1; r += LANES) {
+        int n = (int)MIN(LANES, s->r1 - r);
+        for (long d = 0; d < a->D; d += 32) {
+            __m512i x[16];
+            for (int i = 0; i < 16; i++)
+                x[i] = i < n ? load_tail((const uint16_t *)query_row(a, s, r + i, 2) + d, a->D - d)
+                             : _mm512_setzero_si512();
+            transpose(x);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(&w->q[(r - s->r0) / LANES][d / 32][32 * i], x[i]);
+        }
+    }
+}
+
+static void amx_pack_kv(const struct attend *a, struct amx_scratch *w, int n) {
+    const uint16_t *k = a->k_pages, *v = a->v_pages;
+    int tokens = (n + 31) / 32 * 32;
+    for (int i = 0; i < tokens; i++)
+        for (long d = 0; d < a->D; d += 32)
+            _mm512_store_si512(&w->k[i][d], i < n ? load_tail(k + w->at[i] + d, a->D - d) : _mm512_setzero_si512());
+    for (int t = 0; t < tokens; t += 32) {
+        for (long d = 0; d < a->D; d += 16) {
+            __m512i x[16];  // words [pair of tokens][d], then [d][pair of tokens]
+            for (int i = 0; i < 16; i++) {
+                int t0 = t + 2 * i;
+                __m256i zero = _mm256_setzero_si256();
+                __m256i even = t0 < n ? _mm256_loadu_si256((const __m256i *)(v + w->at[t0] + d)) : zero;
+                __m256i odd = t0 + 1 < n ? _mm256_loadu_si256((const __m256i *)(v + w->at[t0 + 1] + d)) : zero;
+                x[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+            }
+            transpose(x);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(&w->v[d / 16][t / 32][32 * i], x[i]);
+        }
+    }
+}
+
+static void amx_scores(const struct attend *a, struct amx_scratch *w, long lane, int n) {
+    FENCE();
+    for (int t = 0; t < n; t += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long d = 0; d < a->D; d += 32) {
+            _tile_loadd(6, w->q[lane][d / 32], 64);
+            _tile_loadd(4, &w->k[t][d], sizeof w->k[0]);
+            _tile_loadd(5, &w->k[t + 16][d], sizeof w->k[0]);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+        }
+        _tile_stored(0, w->scores[t], 64);
+        _tile_stored(1, w->scores[t + 16], 64);
+    }
+    FENCE();
+}
+
+static void amx_sums(const struct attend *a, struct amx_scratch *w, long lane, int n) {
+    FENCE();
+    for (long d = 0; d < a->D; d += 16) {
+        float *sums = w->sums[lane][d / 16][0];
+        _tile_loadd(0, sums, 64);
+        for (int t = 0; t < n; t += 32) {
+            _tile_loadd(4, w->v[d / 16][t / 32], 64);
+            _tile_loadd(6, w->p[t / 32], 64);
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_stored(0, sums, 64);
+    }
+    FENCE();
+}
+
+// Scores of tokens t0.. against one lane group of rows; folds them into its maximum, mass and sums.
+static void amx_step(const struct attend *a, const struct span *s, struct amx_scratch *w, long lane, long t0, int n) {
+    long group = a->Hq / a->Hk, r = s->r0 + lane * LANES, last = MIN(r + LANES, s->r1) - 1;
+    int32_t at[16];
+    for (int i = 0; i < 16; i++) at[i] = (int32_t)(s->first_position + MIN(r + i, last) / group - t0);
+    int newest = at[15], oldest = a->window ? (int)MAX(at[0] - a->window + 1, -1) : -1;
+    if (newest < 0 || oldest >= n) return;
+    amx_scores(a, w, lane, n);
+    int edge = at[0] < n - 1 || (a->window && at[15] - a->window + 1 > 0);
+    int tokens = (n + 31) / 32 * 32;
+    ivec position;
+    memcpy(&position, at, sizeof position);
+    vec most = load(w->most[lane], 0, F32), peak = most, mass = splat(0);
+    for (int i = 0; i < tokens; i++) {
+        vec x = load(w->scores[i], 0, F32) * a->scale;
+        if (edge) {
+            ivec seen = position >= i;
+            if (a->window) seen &= position - (int32_t)a->window < i;
+            x = choose(seen, x, splat(HIDDEN));
+        }
+        if (i >= n) x = splat(HIDDEN);
+        peak = vmax(peak, x);
+        store(w->scores[i], 0, x, F32);
+    }
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int i = 0; i < tokens; i += 2) {
+        vec even = vexp(load(w->scores[i], 0, F32) - peak), odd = vexp(load(w->scores[i + 1], 0, F32) - peak);
+        mass += even + odd;
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+        _mm512_store_si512(&w->p[i / 32][i % 32 * 16], _mm512_permutexvar_epi16(zip, both));
+    }
+    vec fade = vexp(most - peak);
+    store(w->total[lane], 0, load(w->total[lane], 0, F32) * fade + mass, F32);
+    store(w->most[lane], 0, peak, F32);
+    if (_mm512_cmp_ps_mask((__m512)fade, _mm512_set1_ps(1), _CMP_NEQ_UQ))
+        for (long d = 0; d < a->D; d++) {
+            float *x = w->sums[lane][d / 16][d % 16];
+            store(x, 0, load(x, 0, F32) * fade, F32);
+        }
+    amx_sums(a, w, lane, n);
+}
+
+static void amx_finish(const struct attend *a, const struct span *s, struct amx_scratch *w) {
+    for (long r = s->r0; r < s->r1; r += LANES) {
+        long lane = (r - s->r0) / LANES;
+        int n = (int)MIN(LANES, s->r1 - r);
+        vec share = 1.0f / load(w->total[lane], 0, F32);
+        for (long d = 0; d < a->D; d += 16) {
+            __m512i x[16];
+            for (int i = 0; i < 16; i++) x[i] = (__m512i)(load(w->sums[lane][d / 16][i], 0, F32) * share);
+            transpose(x);
+            for (int i = 0; i < n; i++) store(out_row(a, s, r + i, 2), d, (vec)x[i], BF16);
+        }
+    }
+}
+
+static void attend_tiles(const void *args, long task) {
+    const struct attend *a = args;
+    struct span s;
+    struct amx_scratch w;
+    struct tiles saved;
+    if (!span_of(a, task, &s)) return;
+    long lanes = (s.r1 - s.r0 + LANES - 1) / LANES;
+    amx_pack_q(a, &s, &w);
+    for (long lane = 0; lane < lanes; lane++) {
+        store(w.most[lane], 0, splat(HIDDEN), F32);
+        store(w.total[lane], 0, splat(0), F32);
+        memset(w.sums[lane], 0, (size_t)a->D * LANES * sizeof(float));
+    }
+    tiles_begin(&saved);
+    for (long t0 = s.lo; t0 < s.hi; t0 += KV) {
+        int n = (int)MIN(KV, s.hi - t0);
+        if (!offsets(a, &s, t0, n, w.at)) break;
+        amx_pack_kv(a, &w, n);
+        for (long lane = 0; lane < lanes; lane++) amx_step(a, &s, &w, lane, t0, n);
+    }
+    tiles_end(&saved);
+    amx_finish(a, &s, &w);
+}
+#endif
+
+// What the kernel takes on trust below, checked once: the values of `inputs` fit together. Returns a code for cpu.py.
+static int attend_fault(const struct attend *a, long max_query, long max_context) {
+    if (a->starts[0] != 0 || a->starts[a->B] != a->T) return 1;
+    for (long b = 0; b < a->B; b++) {
+        long queries = a->starts[b + 1] - a->starts[b];
+        if (queries < 1 || queries > max_query) return 1;
+        if (a->contexts[b] < queries || a->contexts[b] > max_context) return 2;
+        if (a->contexts[b] > a->max_pages * a->page_tokens) return 3;
+    }
+    return 0;
+}
+
+// Returns 0, or which part of the inputs is wrong: 1 query_starts, 2 context_lens, 3 page_table's width, 4 a page in it.
+int drift_attend(const void *q, const void *k_pages, const void *v_pages, void *out, const int32_t *starts,
+                 const int32_t *contexts, const int32_t *table, long T, long B, long Hq, long Hk, long D, long ldq,
+                 long max_pages, long num_pages, long page_tokens, long max_query, long max_context, long window,
+                 float scale, int dtype, int threads) {
+    void (*work)(const void *, long) = attend_rows;
+    long rows = 16, bad = INT64_MIN;
+#ifdef HAVE_AMX
+    if (level == AMX && dtype == BF16) work = attend_tiles, rows = ROWS;
+#endif
+    struct attend a = {q, k_pages, v_pages, out, starts, contexts, table, T, B, Hq, Hk, D, ldq, max_pages, num_pages,
+                       page_tokens, (max_query * (Hq / Hk) + rows - 1) / rows, rows, window, scale, dtype, &bad};
+    int fault = attend_fault(&a, max_query, max_context);
+    if (fault) return fault;
+    if (T * Hq * D * max_context < SMALL) threads = 1;
+    each(B * Hk * a.runs, threads, work, &a);
+    return bad == INT64_MIN ? 0 : 4;
+}
+
+// ------------------------------------------------------------------------------------- norms, activation, rotary, KV
+
+struct rows {
+    const void *x, *residual, *weight;
+    void *out, *total;
+    long rows, D, ldx, ldr;
+    float eps;
+    int dtype;
+};
+
+enum { ROWS_A_TASK = 8 };
+
+INLINE void norm_row(const struct rows *a, long r, int dtype) {
+    vec squares = splat(0);
+    const void *x = a->residual ? a->total : a->x;
+    long at = r * (a->residual ? a->D : a->ldx), out = r * a->D;
+    for (long d = 0; d < a->D; d += 16) {
+        vec v = load(a->x, r * a->ldx + d, dtype);
+        if (a->residual) {
+            v = rounded(v + load(a->residual, r * a->ldr + d, dtype), dtype);
+            store(a->total, out + d, v, dtype);
+        }
+        squares += v * v;
+    }
+    float scale = 1.0f / sqrtf(sum(squares) / (float)a->D + a->eps);
+    for (long d = 0; d < a->D; d += 16) {
+        vec v = rounded(load(x, at + d, dtype) * scale, dtype);
+        store(a->out, out + d, v * load(a->weight, d, dtype), dtype);
+    }
+}
+
+INLINE void gate_row(const struct rows *a, long r, int dtype) {
+    for (long d = 0; d < a->D; d += 16) {
+        vec gate = load(a->x, r * a->ldx + d, dtype), up = load(a->x, r * a->ldx + a->D + d, dtype);
+        vec silu = gate / (1.0f + vexp(vmin(-gate, splat(88.0f))));
+        store(a->out, r * a->D + d, rounded(silu, dtype) * up, dtype);
+    }
+}
+
+static void norm_rows(const void *args, long task) {
+    const struct rows *a = args;
+    for (long r = task * ROWS_A_TASK; r < MIN(a->rows, (task + 1) * ROWS_A_TASK); r++) {
+        if (a->dtype == BF16)
+            norm_row(a, r, BF16);
+        else
+            norm_row(a, r, F32);
+    }
+}
+
+static void gate_rows(const void *args, long task) {
+    const struct rows *a = args;
+    for (long r = task * ROWS_A_TASK; r < MIN(a->rows, (task + 1) * ROWS_A_TASK); r++) {
+        if (a->dtype == BF16)
+            gate_row(a, r, BF16);
+        else
+            gate_row(a, r, F32);
+    }
+}
+
+INLINE void each_rows(long rows, long width, int threads, void (*work)(const void *, long), const void *args) {
+    each((rows + ROWS_A_TASK - 1) / ROWS_A_TASK, rows * width < SMALL / 4 ? 1 : threads, work, args);
+}
+
+// residual and total may be null together.
+void drift_rms_norm(const void *x, const void *residual, const void *weight, void *out, void *total, long rows, long D,
+                    long ldx, long ldr, float eps, int dtype, int threads) {
+    struct rows a = {x, residual, weight, out, total, rows, D, ldx, ldr, eps, dtype};
+    each_rows(rows, D, threads, norm_rows, &a);
+}
+
+void drift_silu_and_mul(const void *gate_up, void *out, long rows, long F, long ldx, int dtype, int threads) {
+    struct rows a = {.x = gate_up, .out = out, .rows = rows, .D = F, .ldx = ldx, .dtype = dtype};
+    each_rows(rows, F, threads, gate_rows, &a);
+}
+
+struct rotary {
+    const void *q, *k, *cos, *sin;
+    void *q_out, *k_out;
+    long T, Hq, Hk, D, ldq, ldk, ldc, lds;
+    int dtype, angles;
+};
+
+// Halves of fewer than a multiple of 16 overlap in their last step: it writes the same again.
+INLINE void turn(const struct rotary *a, long t, const void *x, long at, void *out, long to, int dtype, int angles) {
+    long half = a->D / 2;
+    for (long i = 0;;) {
+        vec low = load(x, at + i, dtype), high = load(x, at + half + i, dtype);
+        vec c0 = rounded(load(a->cos, t * a->ldc + i, angles), dtype);
+        vec c1 = rounded(load(a->cos, t * a->ldc + half + i, angles), dtype);
+        vec s0 = rounded(load(a->sin, t * a->lds + i, angles), dtype);
+        vec s1 = rounded(load(a->sin, t * a->lds + half + i, angles), dtype);
+        store(out, to + i, rounded(low * c0, dtype) - rounded(high * s0, dtype), dtype);
+        store(out, to + half + i, rounded(high * c1, dtype) + rounded(low * s1, dtype), dtype);
+        if (i + 16 >= half) return;
+        i = MIN(i + 16, half - 16);
+    }
+}
+
+INLINE void turn_token(const struct rotary *a, long t, int dtype, int angles) {
+    for (long h = 0; h < a->Hq; h++)
+        turn(a, t, a->q, t * a->ldq + h * a->D, a->q_out, (t * a->Hq + h) * a->D, dtype, angles);
+    for (long h = 0; h < a->Hk; h++)
+        turn(a, t, a->k, t * a->ldk + h * a->D, a->k_out, (t * a->Hk + h) * a->D, dtype, angles);
+}
+
+static void turn_tokens(const void *args, long task) {
+    const struct rotary *a = args;
+    for (long t = task * ROWS_A_TASK; t < MIN(a->T, (task + 1) * ROWS_A_TASK); t++) {
+        if (a->dtype == BF16 && a->angles == BF16)
+            turn_token(a, t, BF16, BF16);
+        else if (a->dtype == BF16)
+            turn_token(a, t, BF16, F32);
+        else
+            turn_token(a, t, F32, F32);
+    }
+}
+
+void drift_rotary(const void *q, const void *k, const void *cos, const void *sin, void *q_out, void *k_out, long T,
+                  long Hq, long Hk, long D, long ldq, long ldk, long ldc, long lds, int dtype, int angles,
+                  int threads) {
+    struct rotary a = {q, k, cos, sin, q_out, k_out, T, Hq, Hk, D, ldq, ldk, ldc, lds, dtype, angles};
+    each_rows(T, (Hq + Hk) * D, threads, turn_tokens, &a);
+}
+
+// Rows of `bytes` to their slots. Returns the index of the first slot outside 0..capacity-1, with nothing written, or -1.
+long drift_write_kv(const char *k, const char *v, char *k_pages, char *v_pages, const int64_t *slots, long T,
+                    long bytes, long k_step, long v_step, long capacity) {
+    for (long t = 0; t < T; t++)
+        if (slots[t] < 0 || slots[t] >= capacity) return t;
+    for (long t = 0; t < T; t++) {
+        memcpy(k_pages + slots[t] * bytes, k + t * k_step, (size_t)bytes);
+        memcpy(v_pages + slots[t] * bytes, v + t * v_step, (size_t)bytes);
+    }
+    return -1;
+}
