@@ -1,8 +1,8 @@
 """Invariants that hold whatever the policy: run one against a device that does its worst within the rules.
 
-`exercise(policy)` drives a real `Scheduler` with an executor whose lanes finish in random order after random times, whose
-clients cancel at random and whose lanes sometimes fail, on a KV pool that may be far too small, and checks every gang
-and every output. Used by our own tests and by plugin authors for theirs.
+`exercise(policy)` drives a real `Scheduler` with an executor whose lanes finish in random order after random times,
+whose clients cancel at random and whose lanes sometimes fail, on a KV pool that may be far too small, and checks every
+gang and every output. Used by our own tests and by plugin authors for theirs.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class FlatCosts:
 class RandomExecutor:
     """An executor on a virtual clock that checks what it is given and finishes it whenever it likes."""
 
-    def __init__(self, device: Device, requests: Iterable[Request], rng: random.Random, hazards: Hazards) -> None:
+    def __init__(
+        self, device: Device, requests: Iterable[Request], rng: random.Random, hazards: Hazards
+    ) -> None:
         self._device = device
         self._rng = rng
         self._hazards = hazards
@@ -192,7 +194,9 @@ class RandomExecutor:
                 raise InvariantError(f"{lane.value} work for a busy lane")
         for running in self._busy.values():
             if running.partition != partition and not self._device.repartition_while_busy:
-                raise InvariantError(f"partition {running.partition} changed to {partition} under a busy lane")
+                raise InvariantError(
+                    f"partition {running.partition} changed to {partition} under a busy lane"
+                )
             if Sharing.SPATIAL is not gang.sharing or Sharing.SPATIAL is not running.sharing:
                 raise InvariantError(f"{gang.sharing.value} gang beside a {running.sharing.value} one")
         if gang.prefill is not None:
@@ -258,7 +262,12 @@ def exercise(
     offered = random_requests(rng, requests, pages * 16)
     executor = RandomExecutor(device, offered, rng, hazards or Hazards())
     scheduler = Scheduler(
-        device, kv, policy, partitions or TightestDecode(), costs or FlatCosts(), limits or Limits(max_running=16)
+        device,
+        kv,
+        policy,
+        partitions or TightestDecode(),
+        costs or FlatCosts(),
+        limits or Limits(max_running=16),
     )
     outcome = Outcome()
     told: dict[str, int] = {}
@@ -297,18 +306,27 @@ def _account(output: object, told: dict[str, int], outcome: Outcome) -> None:
 
 
 def _check_end(
-    offered: Sequence[Request], outcome: Outcome, kv: CountingKv, scheduler: Scheduler, executor: RandomExecutor
+    offered: Sequence[Request],
+    outcome: Outcome,
+    kv: CountingKv,
+    scheduler: Scheduler,
+    executor: RandomExecutor,
 ) -> None:
     missing = [r.id for r in offered if r.id not in outcome.reasons]
     if missing:
         raise InvariantError(f"never ended: {', '.join(missing[:5])} ({len(missing)} in all)")
     if kv.free_pages != kv.total_pages or scheduler.live or scheduler.queue or scheduler.batches:
-        raise InvariantError(f"left behind: {kv.total_pages - kv.free_pages} pages, {len(scheduler.live)} requests")
+        raise InvariantError(
+            f"left behind: {kv.total_pages - kv.free_pages} pages, {len(scheduler.live)} requests"
+        )
     if executor.forgotten != {r.id for r in offered}:
         raise InvariantError("the executor was not told of every end")
     for request in offered:
-        if outcome.reasons[request.id] is FinishReason.LENGTH and executor.produced[request.id] != request.max_output_tokens:
-            raise InvariantError(f"'{request.id}' ended by length after {executor.produced[request.id]} tokens")
+        by_length = outcome.reasons[request.id] is FinishReason.LENGTH
+        if by_length and executor.produced[request.id] != request.max_output_tokens:
+            raise InvariantError(
+                f"'{request.id}' ended by length after {executor.produced[request.id]} tokens"
+            )
 
 
 __all__ = [

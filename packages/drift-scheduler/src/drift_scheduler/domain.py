@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +45,7 @@ class FinishReason(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Partition:
+class Partition(NamedTuple):
     """Units (SMs or CPU cores) of each lane; zero for a lane means that it does not run."""
 
     prefill: int
@@ -196,7 +196,7 @@ class Gang:
     decode: DecodeStep | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Device:
     """What an executor offers: units in all, the menu of partitions, layers of the model, sharings it runs.
 
@@ -210,18 +210,22 @@ class Device:
     repartition_while_busy: bool = False
     name: str = "device"
 
-    @property
+    @cached_property
     def all_prefill(self) -> Partition:
         """The whole device for prefill."""
         return Partition(self.total_units, 0)
 
-    @property
+    @cached_property
     def all_decode(self) -> Partition:
         """The whole device for decode."""
         return Partition(0, self.total_units)
 
     def splits(self) -> tuple[Partition, ...]:
         """Menu entries on which both lanes run, fewest decode units first."""
+        return self._splits
+
+    @cached_property
+    def _splits(self) -> tuple[Partition, ...]:
         both = [p for p in self.menu if p.prefill and p.decode]
         return tuple(sorted(both, key=lambda p: (p.decode, -p.prefill)))
 

@@ -35,7 +35,7 @@ def _check_partition(view: View, gang: Gang) -> None:
     if partition not in device.menu:
         menu = ", ".join(str(p) for p in device.menu)
         raise IllegalGangError(f"partition {partition} off the menu ({menu})")
-    whole = {device.all_prefill, device.all_decode}
+    whole = (device.all_prefill, device.all_decode)
     match gang.sharing:
         case Sharing.SPATIAL:
             if partition in whole:

@@ -3,13 +3,14 @@
 ```
             ADMIT            PREFILLED           END
  WAITING ─────────► PREFILLING ─────────► DECODING ────► ENDED
-    ▲  ▲                │ PART                │
-    │  └────────────────┘                     │
-    └─────────────────────────────────────────┘  PREEMPT
+    ▲  ▲              │      │                │
+    │  └──────────────┘ PART │                │
+    └────────────────────────┴────────────────┘ PREEMPT
 ```
 
 PART: a chunk is done and more of the prompt is to come; the request keeps its pages. PREEMPT: it loses them and
-computes them again later. END is legal from every live state, and nothing is legal from ENDED: a request ends once.
+computes them again later (a part-way prompt in the queue stays WAITING). END is legal from every live state, and
+nothing is legal from ENDED: a request ends once.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ TRANSITIONS: dict[tuple[State, Signal], State] = {
     (State.PREFILLING, Signal.PART): State.WAITING,
     (State.PREFILLING, Signal.PREFILLED): State.DECODING,
     (State.DECODING, Signal.PREEMPT): State.WAITING,
+    (State.PREFILLING, Signal.PREEMPT): State.WAITING,
+    (State.WAITING, Signal.PREEMPT): State.WAITING,
     (State.WAITING, Signal.END): State.ENDED,
     (State.PREFILLING, Signal.END): State.ENDED,
     (State.DECODING, Signal.END): State.ENDED,

@@ -113,7 +113,7 @@ class LiveView:
     def decode_step(self) -> DecodeStep | None:
         """The step over every decoding request."""
         s = self._s
-        if s.decode_flight is not None or not s.rows.n:
+        if s.decode_flight is not None or s.starved or not s.rows.n:
             return None
         if self._step is None:
             self._step = s.rows.step()

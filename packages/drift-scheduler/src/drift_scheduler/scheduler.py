@@ -185,6 +185,7 @@ class Scheduler:
         self.decode_flight: Flight | None = None
         self.last_gang: Gang | None = None
         self.blocked_at: int | None = None
+        self.starved = False
         self.preemptions = 0
         self.policy_faults = 0
         self.steps = 0
@@ -509,27 +510,36 @@ class Scheduler:
     def _grow_pages(self) -> None:
         """Cover the next position of every decoding request, preempting where pages run out."""
         rows = self.rows
-        short = rows.short_of_pages()
-        for tracked in [rows.tracked[row] for row in short]:
+        self.starved = False
+        for tracked in [rows.tracked[row] for row in rows.short_of_pages()]:
             while tracked.row >= 0:
                 context = int(rows.context[tracked.row])
-                tracked.computed = context - 1
                 self.kv.commit(tracked.request.id, context - 1)
                 if self.kv.extend(tracked.request.id, context):
                     tracked.capacity = self._rounded(context)
                     rows.capacity[tracked.row] = tracked.capacity
                     break
-                self._preempt(self._victim())
+                victim = self._victim()
+                if self._in_flight(victim):  # it gives way at the end of its block; decode waits that long
+                    self.starved = True
+                    return
+                self._preempt(victim)
 
     def _victim(self) -> Tracked:
         """Lowest priority first, youngest among equals; never one that was preempted often enough already."""
         limit = self.limits.max_preemptions
-        free = [t for t in self.rows.tracked if t.preemptions < limit]
-        return max(free or self.rows.tracked, key=lambda t: t.key[1:])
+        holders = [t for t in self.live.values() if t.admitted and not t.ending]
+        return max((t for t in holders if t.preemptions < limit), key=lambda t: t.key[1:])
 
     def _preempt(self, tracked: Tracked) -> None:
-        self.rows.remove(tracked.row)
-        tracked.computed = tracked.known - 1
+        """Take a request's pages; it computes them again when its turn comes."""
+        if tracked.row >= 0:
+            self.rows.remove(tracked.row)
+            tracked.computed = tracked.known - 1
+        elif tracked.batch is not None:
+            self._leave_batch(tracked)
+        else:
+            self._dequeue(tracked)
         tracked.state = advance(tracked.state, Signal.PREEMPT)
         self._release(tracked)
         tracked.computed = 0
