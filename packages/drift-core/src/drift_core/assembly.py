@@ -1,0 +1,261 @@
+"""From an EngineConfig to a started engine: names to objects, then the model, the pool, the profile, a warm-up.
+
+What can be wrong with the configuration is found first, before anything large is loaded. Knows nothing of
+sockets or clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from drift_core import profile, profile_cache
+from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress
+from drift_core.executor import CpuExecutor
+from drift_core.kv import PagedKv, PoolPlan, plan_pool
+from drift_core.lanes import Pin
+from drift_core.memory import available_bytes, check_weights_fit, kv_budget
+from drift_core.model.config import ModelConfig, load_config, model_directory
+from drift_core.model.decoder import Decoder, KvCache
+from drift_core.model.weights import DTYPES, load_weights
+from drift_core.sequences import SequenceTable
+from drift_kernels.affinity import CpuAffinity
+from drift_kernels.ops import Ops, select_ops
+from drift_scheduler import plugins
+from drift_scheduler.cost.fitted import FittedCost
+from drift_scheduler.cost.hardware import ModelSpec, device_spec
+from drift_scheduler.cost.roofline import RooflineCost
+from drift_scheduler.cost.table import CostTable, read_table
+from drift_scheduler.domain import Device, Lane, Partition, Sharing
+from drift_scheduler.errors import DriftError, UnknownNameError
+from drift_scheduler.protocols import CostModel
+from drift_scheduler.scheduler import Limits, Scheduler
+
+log = logging.getLogger("drift.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is settled before the model is loaded; executor factories (hook `drift_executors`) get it."""
+
+    config: EngineConfig
+    model: ModelConfig
+    directory: Path
+    progress: Progress
+
+    @property
+    def max_context(self) -> int:
+        """Tokens one request may have. Raises DriftError when more is asked for than the model has."""
+        wanted, most = self.config.max_context, self.model.max_context
+        if wanted is not None and wanted > most:
+            raise DriftError(
+                f"max_context {wanted} is more than the {most} tokens that {self.config.model} was made for"
+            )
+        return most if wanted is None else wanted
+
+
+def assemble(config: EngineConfig, progress: Progress) -> Engine:
+    """Build and warm up everything. Raises DriftError on the first thing that is wrong."""
+    registry = _registry()
+    dispatch = registry.create("dispatch policy", config.dispatch, **config.dispatch_options)
+    partitions = registry.create("partition policy", config.partition, **config.partition_options)
+    given = _given_costs(config, registry)
+    setup, executor = _build(config, registry, progress)
+    try:
+        costs = given if given is not None else _measured_costs(setup, executor)
+        progress("warm up", 0.0)
+        executor.warm_up()
+        limits = Limits(max_running=config.max_running, max_context_tokens=setup.max_context)
+        scheduler = Scheduler(
+            executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
+        )
+        observers = registry.observers(msgspec.to_builtins(config))
+        return Engine(config, setup.model, setup.directory, executor, scheduler, observers)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def build_cpu(setup: Setup) -> CpuExecutor:
+    """The CPU executor with its weights and KV pool. Raises DriftError when memory or weights do not do."""
+    config, model = setup.config, setup.model
+    affinity = _affinity(config.cores)
+    dtype_name = _dtype_name(config.dtype, model)
+    dtype = DTYPES[dtype_name]
+    ops = _ops(dtype)
+    max_context = setup.max_context
+    check_weights_fit(config.model, model.num_parameters * dtype.itemsize, available_bytes())
+    setup.progress("load weights", 0.0)
+    weights = load_weights(
+        setup.directory, model, dtype, "cpu", lambda fraction: setup.progress("load weights", fraction)
+    )
+    setup.progress("allocate KV", 0.0)
+    plan = _plan(config, model, dtype, max_context)
+    log.info(plan.describe())
+    cache = KvCache.allocate(model, plan.num_pages, plan.page_tokens, dtype, "cpu")
+    decoder = Decoder(model, weights, ops, max_context)
+    return cpu_executor(decoder, cache, plan, affinity, name=f"cpu: {affinity.description}")
+
+
+def cpu_executor(
+    decoder: Decoder,
+    cache: KvCache,
+    plan: PoolPlan,
+    affinity: CpuAffinity,
+    *,
+    seed: int = 0,
+    name: str = "cpu",
+) -> CpuExecutor:
+    """An executor over a decoder and its cache, with its own tokens and KV pool."""
+    sequences = SequenceTable()
+    kv = PagedKv(plan.num_pages, plan.page_tokens, sequences.tokens_of)
+    device = cpu_device(affinity, decoder.config.num_layers, name)
+    return CpuExecutor(decoder, cache, kv, plan, sequences, device, pin_with(affinity), seed)
+
+
+def cpu_device(affinity: CpuAffinity, num_layers: int, name: str = "cpu") -> Device:
+    """What the cores offer. One core cannot be split, so there nothing runs side by side."""
+    menu = tuple(Partition(prefill, decode) for prefill, decode in affinity.menu())
+    sharings = frozenset(Sharing) if affinity.units > 1 else frozenset(Sharing) - {Sharing.SPATIAL}
+    return Device(affinity.units, menu, num_layers, sharings, name=name)
+
+
+def pin_with(affinity: CpuAffinity) -> Pin:
+    """The affinity mechanism in the scheduler's words."""
+
+    def pin(lane: Lane, partition: Partition) -> int:
+        return affinity.pin(lane.value, (partition.prefill, partition.decode))
+
+    return pin
+
+
+def measure_table(config: EngineConfig, progress: Progress, *, full: bool) -> CostTable:
+    """Load what `config` names and profile it, without serving. Raises DriftError."""
+    registry = _registry()
+    setup, executor = _build(config, registry, progress)
+    try:
+        return _measure(setup, executor, full=full)
+    finally:
+        executor.close()
+
+
+# ---------------------------------------------------------------------------------------------- choices
+
+
+def _registry() -> plugins.Registry:
+    """What is installed; a plugin that cannot be loaded does not keep the engine from starting without it."""
+    registry = plugins.load(strict=False)
+    for problem in registry.problems:
+        log.warning("left out: %s", problem)
+    return registry
+
+
+def _build(
+    config: EngineConfig, registry: plugins.Registry, progress: Progress
+) -> tuple[Setup, ModelExecutor]:
+    device = _device_kind(config.device, registry)
+    model = load_config(config.model, registry.of("model"))
+    setup = Setup(config, model, model_directory(config.model), progress)
+    executor: ModelExecutor = registry.create("executor", device, setup)
+    return setup, executor
+
+
+def _measure(setup: Setup, executor: ModelExecutor, *, full: bool) -> CostTable:
+    running = setup.config.max_running
+    grid = profile.plan_grid(executor.device, max_context=setup.max_context, max_running=running, full=full)
+    setup.progress("profile", 0.0)
+    return executor.profile(grid, setup.config.model, lambda fraction: setup.progress("profile", fraction))
+
+
+def _device_kind(wanted: str, registry: plugins.Registry) -> str:
+    """The executor's name: the accelerator where "auto" finds one that an executor is installed for."""
+    installed = registry.of("executor")
+    if wanted == "auto":
+        return "cuda" if "cuda" in installed and torch.cuda.is_available() else "cpu"
+    if wanted not in installed:
+        raise UnknownNameError("device", wanted, ["auto", *installed])
+    return wanted
+
+
+def _affinity(cores: int | None) -> CpuAffinity:
+    try:
+        return CpuAffinity(cores)
+    except ValueError as error:
+        raise DriftError(str(error)) from error
+
+
+def _dtype_name(wanted: str, model: ModelConfig) -> str:
+    if wanted == "auto":
+        return model.dtype
+    if wanted not in DTYPES:
+        raise UnknownNameError("dtype", wanted, ["auto", *DTYPES])
+    return wanted
+
+
+def _ops(dtype: torch.dtype) -> Ops:
+    ops = select_ops("cpu", dtype)
+    log.info("ops: %s", ops.description)
+    return ops
+
+
+def _plan(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_context: int) -> PoolPlan:
+    page = KvCache.bytes_per_page(model, config.page_tokens, dtype)
+    useful = -(-max_context // config.page_tokens) * config.max_running * page
+    budget = kv_budget(config.kv_memory_bytes, useful=useful, available=available_bytes())
+    return plan_pool(budget, page, config.page_tokens, max_context)
+
+
+def _given_costs(config: EngineConfig, registry: plugins.Registry) -> CostModel | None:
+    """The cost model of the configuration, where it does not have to be measured."""
+    if config.cost != "auto":
+        costs: CostModel = registry.create("cost model", config.cost, **config.cost_options)
+        return costs
+    if config.profile in ("short", "none"):
+        return None
+    return FittedCost(read_table(config.profile))
+
+
+def _measured_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
+    if setup.config.profile == "none":
+        return _estimated_costs(setup, executor)
+    return FittedCost(_table(setup, executor))
+
+
+def _table(setup: Setup, executor: ModelExecutor) -> CostTable:
+    """The short profile: from an earlier start with everything alike, or measured now and kept."""
+    place = profile_cache.place(*executor.identity)
+    table = profile_cache.find(place)
+    if table is not None:
+        log.info("profile: taken from %s (delete it to measure again)", place)
+        return table
+    table = _measure(setup, executor, full=False)
+    if profile_cache.keep(table, place):
+        log.info("profile: measured, kept in %s", place)
+    return table
+
+
+def _estimated_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
+    """First principles, without a measurement: the right order of magnitude at best."""
+    model = setup.model
+    spec = msgspec.structs.replace(device_spec("cpu"), units=executor.device.total_units)
+    size = float(DTYPES[executor.dtype].itemsize)
+    described = ModelSpec(
+        name=setup.config.model,
+        num_layers=model.num_layers,
+        hidden=model.hidden_size,
+        heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        intermediate=model.intermediate_size,
+        vocab=model.vocab_size,
+        tied_embeddings=model.tied_embeddings,
+        bytes_per_weight=size,
+        bytes_per_kv=size,
+        max_context=model.max_context,
+    )
+    return RooflineCost(spec, described)

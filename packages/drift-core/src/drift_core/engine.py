@@ -1,0 +1,249 @@
+"""The engine: one model, one KV pool, one scheduler and one executor, and the process body around them.
+
+Importing this module does not load torch, so that `run_engine` can settle how OpenMP waits before it does. The
+engine knows token ids, not text: tokenising, chat templates, stop strings and fan-out happen in its callers.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import msgspec
+
+from drift_core.frames import Ready, Submit
+from drift_core.sampling_params import SamplingParams
+from drift_scheduler.domain import SLO, Event, FinishReason, Request, RequestCancelled, Step
+from drift_scheduler.errors import DriftError
+from drift_scheduler.loop import serve
+from drift_scheduler.protocols import Executor, KvPool
+
+if TYPE_CHECKING:
+    from drift_core.executor import LanesNow
+    from drift_core.kv import PoolPlan
+    from drift_core.model.config import ModelConfig
+    from drift_core.profile import Grid
+    from drift_scheduler.cost.table import CostTable
+    from drift_scheduler.protocols import Observer
+    from drift_scheduler.scheduler import Scheduler
+
+log = logging.getLogger("drift.engine")
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+Progress = Callable[[str, float], None]
+"""Told `(phase, fraction)`: what start-up does, and how much of it is done, 0 to 1."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What to serve and how.
+
+    `model`: a local Hugging Face directory, or "demo". `cost`: "auto" fits the profile; any other name is an
+    installed cost model. `profile`: "short" measures at start (or takes the cached table of an earlier start),
+    "none" does not, anything else is the path of a table that `drift profile` wrote. `log`: path of a decision
+    log. `cores`: how many CPU cores to use, all allowed ones when not given. Times are seconds.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    dispatch: str = "gang"
+    dispatch_options: dict[str, Any] = {}
+    partition: str = "tightest-decode"
+    partition_options: dict[str, Any] = {}
+    cost: str = "auto"
+    cost_options: dict[str, Any] = {}
+    slo_ttft: Seconds = 2.0
+    slo_tbt: Seconds = 0.1
+    kv_memory_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    page_tokens: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16
+    max_running: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    max_context: Annotated[int, msgspec.Meta(ge=2)] | None = None
+    seed: int = 0
+    profile: str = "short"
+    log: str | None = None
+    cores: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+def engine_config(**fields: Any) -> EngineConfig:
+    """An EngineConfig whose every value was checked. Raises DriftError naming the field and its bounds."""
+    try:
+        return msgspec.convert(fields, EngineConfig)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        raise DriftError(f"engine option {where.rstrip('`')}: {message}" if where else str(error)) from error
+
+
+class ModelExecutor(Executor, Protocol):
+    """What the engine needs of an executor beyond what the scheduler does; factories of `drift_executors` make it."""
+
+    kv: KvPool
+    plan: PoolPlan
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and KV, as "bfloat16"."""
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """All that its times depend on, short of the processor."""
+
+    def arrive(self, request: Request, sampling: SamplingParams) -> None:
+        """Queue a request with its prompt, from any thread. Raises DriftError when its id is in use."""
+
+    def post(self, event: Event) -> None:
+        """Queue another event, from any thread."""
+
+    def lanes_now(self) -> LanesNow:
+        """What the lanes do."""
+
+    def profile(self, grid: Grid, model: str, progress: Callable[[float], None]) -> CostTable:
+        """Measure a cost table, before serving."""
+
+    def warm_up(self) -> None:
+        """Make the first request as fast as the next."""
+
+    def shut_down(self) -> None:
+        """Make `wait` return `None`, from any thread."""
+
+    def close(self) -> None:
+        """End its threads."""
+
+
+class Engine:
+    """A started engine. `submit`, `cancel` and `shut_down` may be called from any thread; `run` blocks on one."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        directory: Path,
+        executor: ModelExecutor,
+        scheduler: Scheduler,
+        observers: Iterable[Observer] = (),
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.directory = directory
+        self.executor = executor
+        self.scheduler = scheduler
+        self._observers = list(observers)
+
+    @classmethod
+    def start(cls, config: EngineConfig, progress: Progress = lambda phase, fraction: None) -> Engine:
+        """Load the model, allocate the KV pool, profile, warm up. Raises DriftError on whatever is wrong."""
+        from drift_core.assembly import assemble
+
+        return assemble(config, progress)
+
+    @property
+    def max_context(self) -> int:
+        """Prompt and output tokens that one request may have together."""
+        return self.executor.plan.max_context
+
+    def facts(self, pid: int) -> Ready:
+        """What clients may want to know of it."""
+        device, plan, config = self.executor.device, self.executor.plan, self.config
+        return Ready(
+            model=config.model,
+            directory=str(self.directory),
+            pid=pid,
+            vocab_size=self.model.vocab_size,
+            max_context=self.max_context,
+            num_layers=self.model.num_layers,
+            dtype=self.executor.dtype,
+            device=device.name,
+            units=device.total_units,
+            menu=[(entry.prefill, entry.decode) for entry in device.menu],
+            dispatch=config.dispatch,
+            partition=config.partition,
+            page_tokens=plan.page_tokens,
+            kv_pages=plan.num_pages,
+            kv_tokens=plan.tokens,
+            max_running=config.max_running,
+            slo_ttft=config.slo_ttft,
+            slo_tbt=config.slo_tbt,
+            eos_token_ids=list(self.model.eos_token_ids),
+        )
+
+    def submit(self, submission: Submit) -> None:
+        """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take."""
+        sampling, prompt = submission.sampling, submission.prompt
+        sampling.validate(self.model.vocab_size)
+        self._check_prompt(prompt)
+        room = max(
+            self.max_context - len(prompt), 1
+        )  # a prompt that leaves none is the scheduler's to reject
+        request = Request(
+            id=submission.id,
+            arrival=submission.arrival,
+            prompt_tokens=len(prompt),
+            max_output_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
+            slo=SLO(submission.slo_ttft, submission.slo_tbt, submission.slo_e2e, submission.slo_class),
+            priority=submission.priority,
+            prompt=prompt,
+            salt=submission.salt,
+        )
+        self.executor.arrive(request, sampling)
+
+    def cancel(self, request_id: str, *, stop: bool = False) -> None:
+        """End a request; `stop`: it has said enough, which is no cancellation. Unknown ids are no fault."""
+        self.executor.post(
+            RequestCancelled(request_id, FinishReason.STOP if stop else FinishReason.CANCELLED)
+        )
+
+    def run(self, deliver: Callable[[Step], None]) -> None:
+        """Serve until `shut_down`, on the calling thread; `deliver` gets every step once."""
+        serve(
+            self.scheduler,
+            self.executor,
+            lambda step: self._deliver(step, deliver),
+            self._observers,
+            stopwatch=time.perf_counter,
+            on_fault=_dropped,
+        )
+
+    def shut_down(self) -> None:
+        """Make `run` return; requests under way are dropped."""
+        self.executor.shut_down()
+
+    def close(self) -> None:
+        """End the lanes. After `run` has returned."""
+        self.executor.close()
+
+    def _deliver(self, step: Step, deliver: Callable[[Step], None]) -> None:
+        for fault in step.faults:
+            log.warning("scheduler: %s", fault)
+        deliver(step)
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise DriftError("the prompt has no tokens")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= self.model.vocab_size:
+            bad = low if low < 0 else high
+            raise DriftError(
+                f"the prompt holds token id {bad}; the vocabulary has 0 to {self.model.vocab_size - 1}"
+            )
+
+
+def _dropped(observer: Observer, error: Exception) -> None:
+    log.error("observer %s raised and was dropped", type(observer).__name__, exc_info=error)
+
+
+def run_engine(config: EngineConfig | Mapping[str, Any], socket_path: str) -> None:
+    """Body of the spawned engine process: connect, start, serve until the gateway is gone or says so.
+
+    Exits with code 2 when what it was asked to serve is at fault; the gateway has been told in a `Failed` frame.
+    """
+    from drift_kernels.process import prepare_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    warning = prepare_process()
+    from drift_core.engine_process import serve_socket
+
+    settings = config if isinstance(config, EngineConfig) else engine_config(**config)
+    serve_socket(settings, socket_path, warning)
