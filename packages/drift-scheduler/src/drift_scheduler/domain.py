@@ -144,7 +144,7 @@ class PrefillChunk:
         return self.stop - self.start
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PrefillBlock:
     """A token range x layer range `[layer_start, layer_stop)` of one prefill batch.
 
@@ -165,10 +165,14 @@ class PrefillBlock:
 
     def shape(self) -> PrefillShape:
         """Token sums of the block, for cost models."""
-        return PrefillShape.of((c.stop - c.start, c.start) for c in self.chunks)
+        return self._shape
+
+    @cached_property
+    def _shape(self) -> PrefillShape:
+        return PrefillShape.of([(c.stop - c.start, c.start) for c in self.chunks])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DecodeStep:
     """One token for each listed request. `context_tokens`: KV positions read in all, this step's included."""
 
@@ -177,6 +181,10 @@ class DecodeStep:
 
     def shape(self) -> DecodeShape:
         """Sums of the step, for cost models."""
+        return self._shape
+
+    @cached_property
+    def _shape(self) -> DecodeShape:
         return DecodeShape(len(self.request_ids), self.context_tokens)
 
 

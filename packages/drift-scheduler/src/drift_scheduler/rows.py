@@ -20,7 +20,7 @@ class DecodeRows:
     """Counters of every decoding request; all arrays are indexed by row.
 
     `context`: known tokens, whose last one is not in the KV cache yet: the positions the next step reads.
-    `capacity`: positions the pages held cover. `remaining`: tokens until the length limit. Times in seconds.
+    `capacity`: positions the pages held cover. `limit`: known tokens at which the request ends. Times in seconds.
     """
 
     def __init__(self, capacity: int = 64) -> None:
@@ -28,7 +28,7 @@ class DecodeRows:
         self.tracked: list[Tracked] = []
         self.context: IntArray = np.zeros(capacity, np.int64)
         self.capacity: IntArray = np.zeros(capacity, np.int64)
-        self.remaining: IntArray = np.zeros(capacity, np.int64)
+        self.limit: IntArray = np.zeros(capacity, np.int64)
         self.tbt: FloatArray = np.zeros(capacity)
         self.last_token: FloatArray = np.zeros(capacity)
         self.tbt_max: FloatArray = np.zeros(capacity)
@@ -36,7 +36,7 @@ class DecodeRows:
         self._ids: tuple[str, ...] | None = ()
         self._tightest: float | None = None
 
-    def add(self, tracked: Tracked, *, capacity: int, remaining: int, last_token: float) -> None:
+    def add(self, tracked: Tracked, *, capacity: int, limit: int, last_token: float) -> None:
         """Append a request as the last row."""
         if self.n == len(self.context):
             self._grow()
@@ -44,7 +44,7 @@ class DecodeRows:
         self.tracked.append(tracked)
         self.context[row] = tracked.known
         self.capacity[row] = capacity
-        self.remaining[row] = remaining
+        self.limit[row] = limit
         self.tbt[row] = tracked.request.slo.tbt
         self.last_token[row] = last_token
         self.tbt_max[row] = tracked.tbt_max
@@ -80,8 +80,12 @@ class DecodeRows:
         np.maximum(self.tbt_max[:n], gaps, out=self.tbt_max[:n])
         self.late[:n] += gaps > self.tbt[:n]
         self.context[:n] += 1
-        self.remaining[:n] -= 1
         return gaps
+
+    def at_limit(self, n: int) -> list[int]:
+        """Rows of `[0, n)` that reached their length limit."""
+        reached = self.context[:n] >= self.limit[:n]
+        return [int(row) for row in np.flatnonzero(reached)] if reached.any() else []
 
     def short_of_pages(self) -> list[int]:
         """Rows whose next position no page covers yet."""
@@ -114,7 +118,7 @@ class DecodeRows:
         return (
             self.context,
             self.capacity,
-            self.remaining,
+            self.limit,
             self.tbt,
             self.last_token,
             self.tbt_max,
@@ -125,7 +129,7 @@ class DecodeRows:
         size = 2 * len(self.context)
         self.context = np.resize(self.context, size)
         self.capacity = np.resize(self.capacity, size)
-        self.remaining = np.resize(self.remaining, size)
+        self.limit = np.resize(self.limit, size)
         self.tbt = np.resize(self.tbt, size)
         self.last_token = np.resize(self.last_token, size)
         self.tbt_max = np.resize(self.tbt_max, size)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -49,7 +48,6 @@ from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, Partiti
 from drift_scheduler.rows import DecodeRows
 
 QueueKey = tuple[int, int, float, int]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,12 +363,11 @@ class Scheduler:
         gaps = rows.advance(n, self.now)
         ended = [self.live[request_id] for request_id in event.stopped]
         reasons = dict.fromkeys(event.stopped, FinishReason.STOP)
-        if rows.remaining[:n].min() <= 0:
-            for row in np.flatnonzero(rows.remaining[:n] <= 0):
-                tracked = rows.tracked[int(row)]
-                if tracked.request.id not in reasons:
-                    reasons[tracked.request.id] = FinishReason.LENGTH
-                    ended.append(tracked)
+        for row in rows.at_limit(n):
+            tracked = rows.tracked[row]
+            if tracked.request.id not in reasons:
+                reasons[tracked.request.id] = FinishReason.LENGTH
+                ended.append(tracked)
         gone = [t for t in rows.tracked[:n] if t.ending] if self._endings else []
         self._tell_tokens(flight.work.request_ids, event, gaps, gone)
         for tracked in gone:
@@ -451,13 +448,13 @@ class Scheduler:
 
     def _join(self, tracked: Tracked, stopped: bool) -> None:
         request = tracked.request
-        remaining = request.prompt_tokens + request.max_output_tokens - tracked.known
+        limit = request.prompt_tokens + request.max_output_tokens
         if stopped:
             self._finish(tracked, FinishReason.STOP)
-        elif remaining <= 0:
+        elif tracked.known >= limit:
             self._finish(tracked, FinishReason.LENGTH)
         else:
-            self.rows.add(tracked, capacity=tracked.capacity, remaining=remaining, last_token=self.now)
+            self.rows.add(tracked, capacity=tracked.capacity, limit=limit, last_token=self.now)
 
     def _lane_failed(self, event: LaneFailed) -> None:
         if event.lane is Lane.DECODE:
@@ -492,7 +489,10 @@ class Scheduler:
             seconds,
         )
         self._observations.append(seen)
-        self._guarded(lambda: self.costs.observe(seen), None, "cost model: observe")
+        try:
+            self.costs.observe(seen)
+        except Exception as error:  # a third party's model may raise anything; service goes on
+            self._fault(f"cost model: observe raised {type(error).__name__}: {error}")
 
     # -------------------------------------------------------------------------------- pages and queue
 
@@ -647,13 +647,6 @@ class Scheduler:
         self.policy_faults += 1
         self._faults.append(message)
 
-    def _guarded(self, call: Callable[[], T], otherwise: T, what: str) -> T:
-        try:
-            return call()
-        except Exception as error:  # a third party's model may raise anything; service goes on
-            self._fault(f"{what} raised {type(error).__name__}: {error}")
-            return otherwise
-
     def _apply(self, gang: Gang) -> Gang | None:
         """Admit a new batch's requests; `None` when none of them got pages."""
         block = gang.prefill
@@ -688,7 +681,11 @@ class Scheduler:
         overlapped = together or busy is not None
         if busy is not None:
             busy.overlapped = True
-        t_prefill, t_decode = self._guarded(lambda: self._predict(gang), (0.0, 0.0), "cost model")
+        try:
+            t_prefill, t_decode = self._predict(gang)
+        except Exception as error:  # likewise
+            t_prefill = t_decode = 0.0
+            self._fault(f"cost model raised {type(error).__name__}: {error}")
         if gang.prefill is not None:
             batch = next(b for b in self.batches if b.batch_id == gang.prefill.batch_id)
             self.batches.remove(batch)
