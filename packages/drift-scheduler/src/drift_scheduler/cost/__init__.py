@@ -1,0 +1,41 @@
+"""Built-in cost models by name. Factories import what they need when called, so listing them costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drift_scheduler.protocols import CostModel
+
+__all__ = ["FACTORIES"]
+
+
+def fitted(
+    table: str = "",
+    device: str = "",
+    model: str = "",
+    slowdown_prefill: float | None = None,
+    slowdown_decode: float | None = None,
+) -> CostModel:
+    """The two formulas of the paper, fitted to a cost table: a file, or the built-in one of `device` and `model`."""
+    from drift_scheduler.cost.fitted import fitted as build
+
+    return build(table, device, model, slowdown_prefill, slowdown_decode)
+
+
+def roofline(
+    device: str,
+    model: str,
+    slowdown_prefill: float | None = None,
+    slowdown_decode: float | None = None,
+) -> CostModel:
+    """First principles from a device and a model description, built in or TOML files."""
+    from drift_scheduler.cost.roofline import roofline as build
+
+    return build(device, model, slowdown_prefill, slowdown_decode)
+
+
+FACTORIES: Mapping[str, Callable[..., CostModel]] = MappingProxyType({"fitted": fitted, "roofline": roofline})
+"""What the built-in plugin registers under `drift_cost_models`."""
