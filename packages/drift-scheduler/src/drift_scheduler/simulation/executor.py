@@ -1,0 +1,413 @@
+"""An executor whose device is a cost model and whose clock jumps from event to event.
+
+Knows what work costs (the *truth*, which need not be what the scheduler believes) and when requests arrive and
+stop; knows nothing of policies or pages. Arrivals are pulled one ahead, so memory grows with requests alive, never
+with the trace. The same inputs and seed give the same events.
+
+Lanes are fluid: work is solo seconds, and while both lanes run spatially each advances at 1 / its slowdown factor,
+worked out anew whenever either lane starts or ends. It is also the referee: more units in use than the device has,
+a partition changed under a busy lane, or blocks of a batch out of layer order are AssertionErrors.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from drift_scheduler.domain import (
+    DecodeDone,
+    DecodeShape,
+    DecodeStep,
+    Device,
+    Event,
+    Gang,
+    Lane,
+    LaneFailed,
+    Partition,
+    PrefillBlock,
+    PrefillDone,
+    PrefillShape,
+    Request,
+    RequestArrived,
+    Sharing,
+)
+from drift_scheduler.protocols import CostModel
+
+Failure = Callable[[Lane, PrefillBlock | DecodeStep], str | None]
+"""Asked when work is launched; a message makes it fail at its end (for tests)."""
+
+PATIENCE = 10_000
+"""Wake-ups in a row with nothing running and nothing to come, after which the executor shuts down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """What the truth's solo times leave out, seconds: launching a prefill block or a decode step, and changing
+    the partition. `noise` is the standard deviation of the logarithm of a duration's random factor."""
+
+    block_seconds: float = 0.0
+    step_seconds: float = 0.0
+    switch_seconds: float = 0.0
+    noise: float = 0.0
+
+
+class _Work:
+    """What runs on a lane. `left`: solo seconds to go; `rate`: solo seconds per second; `end` at that rate."""
+
+    __slots__ = ("end", "failure", "gang", "left", "rate", "started", "work")
+
+    def __init__(
+        self, work: PrefillBlock | DecodeStep, gang: Gang, started: float, left: float, failure: str | None
+    ) -> None:
+        self.work = work
+        self.gang = gang
+        self.started = started
+        self.left = left
+        self.rate = 1.0
+        self.end = started + left
+        self.failure = failure
+
+
+class SimulatedExecutor:
+    """Implements `drift_scheduler.protocols.Executor` on virtual time.
+
+    `requests`: in order of arrival, consumed lazily. `interruptions`: further `(time, event)` pairs in order of time
+    (cancellations). The simulation ends when no arrivals are left and nothing runs.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        truth: CostModel,
+        requests: Iterable[Request],
+        *,
+        overheads: Overheads | None = None,
+        seed: int = 0,
+        interruptions: Iterable[tuple[float, Event]] = (),
+        fail: Failure | None = None,
+    ) -> None:
+        self._device = device
+        self._truth = truth
+        self._requests: Iterator[Request] = iter(requests)
+        self._interruptions: Iterator[tuple[float, Event]] = iter(interruptions)
+        self._overheads = overheads or Overheads()
+        self._random = random.Random(seed)
+        self._fail = fail
+        self._now = 0.0
+        self._prefill: _Work | None = None
+        self._decode: _Work | None = None
+        self._queued_prefill: _Work | None = None  # the second half of a temporal gang
+        self._partition: Partition | None = None
+        self._next_layer: dict[int, tuple[int, frozenset[str]]] = {}  # batch -> (layer, ids) to come
+        self._lengths = _Lengths()
+        self._next_request = next(self._requests, None)
+        self._next_interruption = next(self._interruptions, None)
+        self._idle_wakes = 0
+
+    @property
+    def device(self) -> Device:
+        """What it offers."""
+        return self._device
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._now
+
+    def submit(self, gang: Gang) -> None:
+        """Start the gang. AssertionError where it breaks a rule of the device."""
+        self._check(gang)
+        delay = self._switch_delay(gang)
+        match gang.sharing:
+            case Sharing.FUSED:
+                self._start_fused(gang, delay)
+            case Sharing.TEMPORAL:
+                self._start_temporal(gang, delay)
+            case _:
+                self._start_lanes(gang, delay)
+        if gang.prefill is not None:
+            self._advance_batch(gang.prefill)
+
+    def wait(self, until: float | None) -> Sequence[Event] | None:
+        """Jump to the next event, or to `until` if that comes first, and return what happens there (maybe nothing)."""
+        due = self._next_time()
+        if due is None:
+            if until is None or self._idle_wakes >= PATIENCE:
+                return None
+            self._idle_wakes += 1
+            self._now = max(self._now, until)
+            return ()
+        self._idle_wakes = 0
+        if until is not None and until < due:
+            self._advance(max(self._now, until))
+            return ()
+        self._advance(max(self._now, due))
+        return self._events_now()
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """These requests ended."""
+        self._lengths.forget(request_ids)
+
+    # ---------------------------------------------------------------------------------------- launching
+
+    def _start_lanes(self, gang: Gang, delay: float) -> None:
+        spatial = gang.sharing is Sharing.SPATIAL
+        if gang.decode is not None:
+            units = gang.partition.decode if spatial else self._device.total_units
+            self._decode = self._work(gang, gang.decode, delay + self._decode_seconds(gang.decode, units))
+        if gang.prefill is not None:
+            units = gang.partition.prefill if spatial else self._device.total_units
+            self._prefill = self._work(gang, gang.prefill, delay + self._prefill_seconds(gang.prefill, units))
+        self._contend()
+
+    def _start_temporal(self, gang: Gang, delay: float) -> None:
+        assert gang.decode is not None
+        assert gang.prefill is not None
+        total = self._device.total_units
+        self._decode = self._work(gang, gang.decode, delay + self._decode_seconds(gang.decode, total))
+        self._queued_prefill = self._work(gang, gang.prefill, self._prefill_seconds(gang.prefill, total))
+
+    def _start_fused(self, gang: Gang, delay: float) -> None:
+        assert gang.decode is not None
+        assert gang.prefill is not None
+        block = gang.prefill
+        seconds = self._truth.fused(block.shape(), gang.decode.shape(), self._device.total_units)
+        seconds = delay + self._noisy(seconds + self._overheads.step_seconds + self._overheads.block_seconds)
+        self._decode = self._work(gang, gang.decode, seconds)
+        self._prefill = self._work(gang, block, seconds)
+
+    def _work(self, gang: Gang, work: PrefillBlock | DecodeStep, seconds: float) -> _Work:
+        failure = None
+        if self._fail is not None:
+            failure = self._fail(Lane.PREFILL if isinstance(work, PrefillBlock) else Lane.DECODE, work)
+        return _Work(work, gang, self._now, seconds, failure)
+
+    def _prefill_seconds(self, block: PrefillBlock, units: int) -> float:
+        solo = self._truth.prefill(block.shape(), units) * (block.layer_stop - block.layer_start)
+        return self._noisy(solo / self._device.num_layers + self._overheads.block_seconds)
+
+    def _decode_seconds(self, step: DecodeStep, units: int) -> float:
+        return self._noisy(self._truth.decode(step.shape(), units) + self._overheads.step_seconds)
+
+    def _noisy(self, seconds: float) -> float:
+        noise = self._overheads.noise
+        return seconds * self._random.lognormvariate(0.0, noise) if noise else seconds
+
+    def _switch_delay(self, gang: Gang) -> float:
+        changed = self._partition is not None and gang.partition != self._partition
+        self._partition = gang.partition
+        return self._overheads.switch_seconds if changed else 0.0
+
+    # ------------------------------------------------------------------------------------------- time
+
+    def _next_time(self) -> float | None:
+        times = [work.end for work in (self._prefill, self._decode) if work is not None]
+        if self._next_request is not None:
+            times.append(self._next_request.arrival)
+        if self._next_interruption is not None:
+            times.append(self._next_interruption[0])
+        return min(times, default=None)
+
+    def _advance(self, now: float) -> None:
+        elapsed = now - self._now
+        self._now = now
+        for work in (self._prefill, self._decode):
+            if work is not None:
+                work.left -= elapsed * work.rate
+
+    def _contend(self) -> None:
+        """Set both lanes' rates for who runs now; called whenever a lane starts or ends."""
+        prefill, decode = self._prefill, self._decode
+        factors = (1.0, 1.0)
+        if prefill is not None and decode is not None and prefill.gang.sharing is Sharing.SPATIAL:
+            assert isinstance(prefill.work, PrefillBlock)
+            assert isinstance(decode.work, DecodeStep)
+            factors = self._slowdown(prefill.work.shape(), decode.work.shape(), decode.gang.partition)
+        for work, factor in ((prefill, factors[0]), (decode, factors[1])):
+            if work is not None:
+                work.rate = 1.0 / factor
+                work.end = self._now + max(0.0, work.left) * factor
+
+    def _slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
+        factors = self._truth.slowdown(prefill, decode, partition)
+        assert min(factors) >= 1.0, f"slowdown factors {factors} below 1 on {partition}"
+        return factors
+
+    def _events_now(self) -> list[Event]:
+        """Everything due at this instant: decode, prefill, interruptions, arrivals."""
+        now, events = self._now, list[Event]()
+        decode, prefill = self._decode, self._prefill
+        if decode is not None and decode.end <= now:
+            self._decode = None
+            events.append(self._decode_done(decode))
+            if self._queued_prefill is not None:
+                prefill, self._queued_prefill = self._queued_prefill, None
+                prefill.started, prefill.end = now, now + prefill.left
+                self._prefill = prefill
+        if prefill is not None and prefill.end <= now:
+            self._prefill = None
+            events.append(self._prefill_done(prefill))
+        if events:
+            self._contend()
+        while self._next_interruption is not None and self._next_interruption[0] <= now:
+            events.append(self._next_interruption[1])
+            self._next_interruption = next(self._interruptions, None)
+        while self._next_request is not None and self._next_request.arrival <= now:
+            events.append(self._arrival(self._next_request))
+        return events
+
+    def _arrival(self, request: Request) -> RequestArrived:
+        self._lengths.add(request)
+        following = next(self._requests, None)
+        if following is not None and following.arrival < request.arrival:
+            raise ValueError(
+                f"request '{following.id}' arrives at {following.arrival} s, before '{request.id}' "
+                f"at {request.arrival} s: a workload's arrivals must be in order"
+            )
+        self._next_request = following
+        return RequestArrived(request)
+
+    def _decode_done(self, done: _Work) -> Event:
+        if done.failure is not None:
+            return LaneFailed(Lane.DECODE, done.failure)
+        assert isinstance(done.work, DecodeStep)
+        return DecodeDone(self._now - done.started, stopped=self._lengths.decoded(done.work.request_ids))
+
+    def _prefill_done(self, done: _Work) -> Event:
+        block = done.work
+        assert isinstance(block, PrefillBlock)
+        if done.failure is not None:
+            self._next_layer.pop(block.batch_id, None)
+            return LaneFailed(Lane.PREFILL, done.failure)
+        stopped: tuple[str, ...] = ()
+        if block.layer_stop == self._device.num_layers:
+            stopped = self._lengths.prefilled([chunk.request_id for chunk in block.chunks if chunk.last])
+        return PrefillDone(self._now - done.started, stopped=stopped)
+
+    # ---------------------------------------------------------------------------------------- referee
+
+    def _check(self, gang: Gang) -> None:
+        assert gang.prefill is not None or gang.decode is not None, "a gang without work"
+        assert gang.prefill is None or (self._prefill is None and self._queued_prefill is None), (
+            "prefill for a busy prefill lane"
+        )
+        assert gang.decode is None or self._decode is None, "decode for a busy decode lane"
+        assert self._units_in_use(gang) <= self._device.total_units, (
+            f"{gang.sharing.value} gang on {gang.partition} with {self._busy()} running needs "
+            f"{self._units_in_use(gang)} units of {self._device.total_units}"
+        )
+        if self._prefill is not None or self._decode is not None:
+            assert gang.partition == self._partition or self._device.repartition_while_busy, (
+                f"partition {gang.partition} under a lane busy on {self._partition}"
+            )
+        if gang.prefill is not None:
+            self._check_layers(gang.prefill)
+
+    def _units_in_use(self, gang: Gang) -> int:
+        """Units that would be busy at once; a temporal or fused gang, and each half of it, takes them all."""
+        lanes = [(w.gang, isinstance(w.work, PrefillBlock)) for w in (self._prefill, self._decode) if w]
+        if gang.sharing in (Sharing.TEMPORAL, Sharing.FUSED):
+            return self._device.total_units * (1 + len(lanes))
+        lanes += [(gang, True)] * (gang.prefill is not None) + [(gang, False)] * (gang.decode is not None)
+        return sum(self._lane_units(owner, prefill) for owner, prefill in lanes)
+
+    def _lane_units(self, gang: Gang, prefill: bool) -> int:
+        if gang.sharing is not Sharing.SPATIAL:
+            return self._device.total_units
+        units = gang.partition.prefill if prefill else gang.partition.decode
+        assert units > 0, f"work for a lane without units on {gang.partition}"
+        return units
+
+    def _busy(self) -> str:
+        names = [name for name, work in (("prefill", self._prefill), ("decode", self._decode)) if work]
+        return " and ".join(names) or "nothing"
+
+    def _check_layers(self, block: PrefillBlock) -> None:
+        assert 0 <= block.layer_start < block.layer_stop <= self._device.num_layers, (
+            f"block of layers [{block.layer_start}, {block.layer_stop}) of {self._device.num_layers}"
+        )
+        expected, ids = self._next_layer.get(block.batch_id, (0, None))
+        assert block.layer_start == expected, (
+            f"batch {block.batch_id} continues at layer {block.layer_start} instead of {expected}"
+        )
+        new = ids is not None and {chunk.request_id for chunk in block.chunks} - ids
+        assert not new, f"requests {sorted(new or ())} joined batch {block.batch_id} at layer {expected}"
+
+    def _advance_batch(self, block: PrefillBlock) -> None:
+        if block.layer_stop == self._device.num_layers:
+            self._next_layer.pop(block.batch_id, None)
+            return
+        ids = frozenset(chunk.request_id for chunk in block.chunks)
+        self._next_layer[block.batch_id] = (block.layer_stop, ids)
+        if len(self._next_layer) > 64:  # batches whose requests all left never finish
+            self._next_layer.pop(min(self._next_layer))
+
+
+class _Lengths:
+    """When requests reach their true length, counted per step and not per request.
+
+    Decoding requests all get one token a step, so a member's remaining tokens name the step at which it stops: joining
+    and leaving cost work, a step over the same members costs a comparison and a dictionary look-up. Requests
+    whose length is unknown, or cut by their own limit, are never reported: the scheduler ends those.
+    """
+
+    def __init__(self) -> None:
+        self._remaining: dict[str, int] = {}  # tokens still to come of known requests that are not members
+        self._stops: dict[str, int] = {}  # members: the step number at which they stop
+        self._due: dict[int, list[str]] = {}  # step number -> members that stop there, some of them stale
+        self._members: tuple[str, ...] = ()
+        self._step = 0
+
+    def add(self, request: Request) -> None:
+        """A request arrived."""
+        length = request.output_tokens
+        if length is not None and length < request.max_output_tokens:
+            self._remaining[request.id] = max(1, length)
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Requests ended."""
+        for request_id in request_ids:
+            self._remaining.pop(request_id, None)
+            self._stops.pop(request_id, None)
+
+    def prefilled(self, request_ids: Sequence[str]) -> tuple[str, ...]:
+        """Each got a token from a prefill; the ids of those that stop with it."""
+        stopped = []
+        for request_id in request_ids:
+            if request_id in self._stops:  # preempted since the last decode step: no longer a member
+                self._remaining[request_id] = self._stops.pop(request_id) - self._step
+                self._members = tuple(member for member in self._members if member != request_id)
+            left = self._remaining.get(request_id)
+            if left is None:
+                continue
+            self._remaining[request_id] = left - 1
+            if left == 1:
+                stopped.append(request_id)
+        return tuple(stopped)
+
+    def decoded(self, request_ids: tuple[str, ...]) -> tuple[str, ...]:
+        """Each got a token from a decode step; the ids of those that stop with it, in the step's order of joining."""
+        if request_ids is not self._members and request_ids != self._members:
+            self._change_members(request_ids)
+        self._step += 1
+        due = self._due.pop(self._step, None)
+        if due is None:
+            return ()
+        stopped = [request_id for request_id in due if self._stops.get(request_id) == self._step]
+        for request_id in stopped:
+            del self._stops[request_id]
+        return tuple(dict.fromkeys(stopped))
+
+    def _change_members(self, request_ids: tuple[str, ...]) -> None:
+        before, after = set(self._members), set(request_ids)
+        for request_id in self._members:
+            if request_id not in after and request_id in self._stops:
+                self._remaining[request_id] = self._stops.pop(request_id) - self._step
+        for request_id in request_ids:
+            left = self._remaining.pop(request_id, None) if request_id not in before else None
+            if left is not None:
+                self._stops[request_id] = self._step + left
+                self._due.setdefault(self._step + left, []).append(request_id)
+        self._members = request_ids
