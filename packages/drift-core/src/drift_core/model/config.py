@@ -182,7 +182,7 @@ def _build(entries: dict[str, Any], table: Mapping[str, ConfigBuilder]) -> Model
         raise ModelConfigError(f"architectures is {names!r}; supported: {', '.join(sorted(table))}")
     name = names[0]
     if name not in table:
-        raise UnknownNameError("model architecture", name, table)
+        raise UnknownNameError("model architecture", _short(name)[1:-1], table)
     try:
         config = table[name](entries)
     except ModelConfigError:

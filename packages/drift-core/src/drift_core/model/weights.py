@@ -234,7 +234,9 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     listed = read_json_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise WeightsError(f"{index} has no weight_map of tensor names to files")
-    shards = {name: _open(_shard_path(index, name)) for name in dict.fromkeys(listed.values())}
+    for shard in listed.values():
+        _check_shard_name(index, shard)
+    shards = {shard: _open(folder / shard) for shard in dict.fromkeys(listed.values())}
     stored = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     for name, shard in listed.items():
         if name not in shards[shard]:
@@ -243,12 +245,11 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _shard_path(index: Path, name: object) -> Path:
-    """A shard beside its index. Links are followed (caches keep weights behind them), other folders are not."""
-    plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
+def _check_shard_name(index: Path, name: object) -> None:
+    """A shard lies beside its index. Links are followed (caches keep weights behind them), folders are not."""
+    plain = isinstance(name, str) and PurePosixPath(name).name == name and not set("\\\0") & set(name)
     if not (isinstance(name, str) and plain and name.endswith(".safetensors")):
         raise WeightsError(f"{index}: {name!r:.80} is no name of a .safetensors file beside it")
-    return index.parent / name
 
 
 def _open(path: Path) -> dict[str, _Stored]:
