@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from drift_core.model.config import (
     model_directory,
 )
 from drift_core.model.shapes import shape_config, shape_names
-from drift_core.model.weights import load_weights
 from drift_scheduler.errors import DriftError, PluginError, UnknownNameError
 
 LLAMA: dict[str, Any] = {
@@ -318,7 +319,11 @@ def test_shapes_have_the_published_numbers_of_parameters() -> None:
         "llama-3.2-1b": 1_235_814_400,
     }
     with pytest.raises(UnknownNameError, match=r"no model shape '0\.5b'; installed: llama-3"):
-        shape_config("0.5b")
+        load_config("random:0.5b")
+
+
+def test_random_means_a_shape_without_a_checkpoint() -> None:
+    assert load_config("random:qwen2.5-0.5b") == shape_config("qwen2.5-0.5b")
 
 
 def test_demo_means_the_directory_within_the_package() -> None:
@@ -328,9 +333,5 @@ def test_demo_means_the_directory_within_the_package() -> None:
 
 
 def test_the_config_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, drift_core.model.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert load_weights.__module__ == "drift_core.model.weights"

@@ -178,6 +178,13 @@ def test_random_weights_repeat_with_their_seed() -> None:
     assert 0.015 < first[0].float().std().item() < 0.025
 
 
+def test_a_random_model_needs_no_directory() -> None:
+    seen: list[float] = []
+    weights = load_weights("random:any", CONFIG, torch.bfloat16, progress=seen.append)
+    assert weights.embedding.shape == (40, 16)
+    assert seen == [0.0, 1.0]
+
+
 # ---------------------------------------------------------------- refusals
 
 

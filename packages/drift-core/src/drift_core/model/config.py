@@ -22,6 +22,7 @@ RopeKind = Literal["default", "linear", "llama3"]
 ROPE_KINDS: Final[tuple[RopeKind, ...]] = ("default", "linear", "llama3")
 DTYPE_NAMES: Final = ("float32", "bfloat16", "float16")
 DEMO_MODEL: Final = "demo"
+RANDOM_MODEL: Final = "random:"
 _MAX_JSON_BYTES = 64 << 20
 
 
@@ -125,20 +126,31 @@ def model_directory(model: str | Path) -> Path:
     return Path(str(resources.files("drift_core"))) / "demo_model"
 
 
+def random_shape(model: str | Path) -> str | None:
+    """SHAPE of "random:SHAPE": a published model's shape (`drift_core.model.shapes`) with random weights."""
+    name = str(model)
+    return name.removeprefix(RANDOM_MODEL) if name.startswith(RANDOM_MODEL) else None
+
+
 def load_config(
     directory: str | Path, architectures: Mapping[str, ConfigBuilder] | None = None
 ) -> ModelConfig:
     """Read config.json, and generation_config.json for further end-of-text ids.
 
     architectures: builders by the name in config.json's `architectures`; default `ARCHITECTURES`.
-    Raises ModelConfigError, one line that names the file and the choices.
+    "demo" is the embedded model, "random:SHAPE" a published shape without a checkpoint.
+    Raises ModelConfigError, one line that names the file and the choices; UnknownNameError for the shape.
     """
+    if (shape := random_shape(directory)) is not None:
+        from drift_core.model.shapes import shape_config
+
+        return shape_config(shape)
     table = ARCHITECTURES if architectures is None else architectures
     folder = model_directory(directory)
     if not folder.is_dir():
         raise ModelConfigError(
-            f"no model directory '{directory}'; give a local Hugging Face directory or '{DEMO_MODEL}' "
-            "(nothing is downloaded)"
+            f"no model directory '{directory}'; give a local Hugging Face directory, '{DEMO_MODEL}' or "
+            f"'{RANDOM_MODEL}SHAPE' (nothing is downloaded)"
         )
     path = folder / "config.json"
     entries = read_json_object(path)
