@@ -194,8 +194,8 @@ ToEngine = Submit | Cancel | Shutdown
 ToGateway = Starting | Ready | StepFrame | Failed
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
-_TO_ENGINE: Final = msgspec.msgpack.Decoder(ToEngine)
-_TO_GATEWAY: Final = msgspec.msgpack.Decoder(ToGateway)
+_TO_ENGINE: Final[msgspec.msgpack.Decoder[ToEngine]] = msgspec.msgpack.Decoder(ToEngine)
+_TO_GATEWAY: Final[msgspec.msgpack.Decoder[ToGateway]] = msgspec.msgpack.Decoder(ToGateway)
 
 
 def encode_frame(frame: ToEngine | ToGateway) -> bytes:

@@ -113,7 +113,8 @@ class EngineLink:
             if data:
                 self._backlog.append(data)
                 self._backlog_bytes += len(data)
-                self._gone = self._gone or self._backlog_bytes > MAX_BACKLOG_BYTES
+                if self._backlog_bytes > MAX_BACKLOG_BYTES:
+                    self._gone = True
                 self._changed.notify()
 
     def close(self, timeout: float = 5.0) -> None:
@@ -413,8 +414,8 @@ class EngineClient:
                 progress, submission = found
                 progress.token_ids.append(token_id)
                 progress.times.append(frame.time)
-                if item.logprobs is not None:
-                    _append_logprob(progress, item.logprobs.get(request_id))
+                if item.logprobs and (logprob := item.logprobs.get(request_id)) is not None:
+                    _append_logprob(progress, logprob)
                 touched.add(submission)
         for finished in frame.finished:
             if (found := in_flight.pop(finished.id, None)) is not None:
@@ -427,10 +428,11 @@ class EngineClient:
             submission.notify()
 
 
-def _append_logprob(progress: Progress, logprob: TokenLogprob | None) -> None:
-    """Keep the list as long as the token ids, whose latest has just been appended."""
+def _append_logprob(progress: Progress, logprob: TokenLogprob) -> None:
+    """Put it beside the token id appended last; earlier ones that came without have `None`."""
     if progress.logprobs is None:
-        progress.logprobs = [None] * (len(progress.token_ids) - 1)
+        progress.logprobs = []
+    progress.logprobs.extend([None] * (len(progress.token_ids) - 1 - len(progress.logprobs)))
     progress.logprobs.append(logprob)
 
 

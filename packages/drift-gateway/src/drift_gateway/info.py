@@ -9,11 +9,13 @@ import grpc
 
 from drift_core.frames import Ready
 from drift_gateway import __version__
+from drift_gateway.outputs import wire_slo
 from drift_gateway.refusal import Refusal, invalid
 from drift_gateway.supervisor import Served, State, Supervisor
 from drift_gateway.timeline import Stretch
-from drift_gateway.v1 import generation_pb2, info_pb2_grpc
 from drift_gateway.v1 import info_pb2 as pb
+from drift_gateway.v1 import info_pb2_grpc
+from drift_scheduler.domain import SLO
 
 DEFAULT_INTERVAL_MS = 500
 READINESS = {
@@ -141,9 +143,7 @@ def _describe(info: pb.GetServerInfoResponse, served: Served) -> None:
             max_running=ready.max_running,
         )
     )
-    info.slo_defaults.CopyFrom(
-        generation_pb2.SLO(ttft_ms=ready.slo_ttft * 1e3, tbt_ms=ready.slo_tbt * 1e3, **{"class": "default"})
-    )
+    info.slo_defaults.CopyFrom(wire_slo(SLO(ready.slo_ttft, ready.slo_tbt)))
 
 
 def _menu(ready: Ready) -> list[pb.Partition]:

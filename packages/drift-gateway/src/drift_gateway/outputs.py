@@ -187,7 +187,8 @@ def percentile(ordered: Sequence[float], fraction: float) -> float:
 
 def wire_slo(slo: SLO) -> pb.SLO:
     """Targets as they go over the wire."""
-    message = pb.SLO(ttft_ms=slo.ttft * 1e3, tbt_ms=slo.tbt * 1e3, **{"class": slo.name})
+    message = pb.SLO(ttft_ms=slo.ttft * 1e3, tbt_ms=slo.tbt * 1e3)
+    setattr(message, "class", slo.name)
     if slo.e2e is not None:
         message.e2e_ms = slo.e2e * 1e3
     return message

@@ -13,12 +13,13 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from drift_core.link import EngineClient
 from drift_gateway.generation import GenerationService
 from drift_gateway.info import InfoService
 from drift_gateway.supervisor import State, Supervisor
@@ -27,6 +28,11 @@ from drift_scheduler.errors import DriftError
 
 GENERATION: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 INFO: Final = info_pb2.DESCRIPTOR.services_by_name["InfoService"].full_name
+# protoc's grpc plug-in writes no types.
+_ADD_GENERATION: Final[Callable[[Any, grpc.aio.Server], None]] = (
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server
+)
+_ADD_INFO: Final[Callable[[Any, grpc.aio.Server], None]] = info_pb2_grpc.add_InfoServiceServicer_to_server
 
 SERVER_OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
@@ -105,19 +111,21 @@ class Gateway:
         self.supervisor = supervisor
         self.port = 0
         self._stopping = asyncio.Event()
+        self._reports: set[asyncio.Task[None]] = set()
+        supervisor.on_change = self._state_changed
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         generation = GenerationService(supervisor, max_in_flight)
         information = InfoService(supervisor, max_in_flight, self._stopping)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        info_pb2_grpc.add_InfoServiceServicer_to_server(information, self._server)
+        _ADD_GENERATION(generation, self._server)
+        _ADD_INFO(information, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (GENERATION, INFO, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def open(self, address: Address) -> None:
         """Take the port and answer. Raises DriftError when the port cannot be had."""
-        await self.report_health()
+        await self._report_health()
         try:
             self.port = self._server.add_insecure_port(str(address))
         except RuntimeError as error:
@@ -126,8 +134,12 @@ class Gateway:
             ) from error
         await self._server.start()
 
-    async def report_health(self) -> None:
-        """Tell health watchers how the supervisor's engine is."""
+    def _state_changed(self) -> None:
+        report = asyncio.ensure_future(self._report_health())
+        self._reports.add(report)
+        report.add_done_callback(self._reports.discard)
+
+    async def _report_health(self) -> None:
         serving = self.supervisor.state is State.READY
         status = (
             health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
@@ -136,23 +148,26 @@ class Gateway:
         await self._health.set(GENERATION, status)
         await self._health.set(INFO, health_pb2.HealthCheckResponse.SERVING)
 
-    async def close(self, grace: float) -> None:
-        """Refuse what is new, let streams run for `grace` seconds, cancel the rest, end engine and server."""
+    async def close(self, grace: float, hurry: asyncio.Event | None = None) -> None:
+        """Refuse what is new, let streams run for `grace` seconds, cancel the rest, end engine and server.
+
+        `hurry` ends the grace time when it is set.
+        """
         self.supervisor.stop_accepting()
         await self._health.enter_graceful_shutdown()
         self._stopping.set()
         served = self.supervisor.served
         if served is not None:
-            await _drain(served.client.in_flight_ids, grace)
+            await _drain(served.client, grace, hurry)
             for request_id in served.client.in_flight_ids():
                 served.client.cancel(request_id)
-            await _drain(served.client.in_flight_ids, 2.0)
+            await _drain(served.client, 2.0)
         await self._server.stop(1.0)
         await self.supervisor.stop()
 
 
-async def _drain(in_flight: Callable[[], list[str]], patience: float) -> None:
-    """Wait until nothing is in flight, or `patience` seconds."""
+async def _drain(client: EngineClient, patience: float, hurry: asyncio.Event | None = None) -> None:
+    """Wait until nothing is in flight, `patience` seconds are over, or `hurry` is set."""
     deadline = time.monotonic() + patience
-    while in_flight() and time.monotonic() < deadline:
+    while client.in_flight and time.monotonic() < deadline and not (hurry is not None and hurry.is_set()):
         await asyncio.sleep(0.02)

@@ -119,13 +119,12 @@ class Quarantine:
 class Supervisor:
     """One engine, kept running. `spawn` starts a process that connects to the given socket.
 
-    `on_change` is told of every change of state, and `on_starting` of start-up phases.
+    `on_change` is called after every change of `state`, `on_starting` for every piece of news of a start-up.
     """
 
     def __init__(
         self,
         spawn: Spawn,
-        on_change: Callable[[], None] | None = None,
         on_starting: Callable[[Starting], None] | None = None,
         backoff: Backoff = Backoff(),
     ) -> None:
@@ -135,8 +134,8 @@ class Supervisor:
         self.last_ready: Served | None = None
         self.restarts = 0
         self.timeline = Timeline()
+        self.on_change: Callable[[], None] = lambda: None
         self._spawn = spawn
-        self._on_change = on_change
         self._on_starting = on_starting
         self._backoff = backoff
         self._client: EngineClient | None = None
@@ -272,8 +271,7 @@ class Supervisor:
         if self.state is State.STOPPING:
             return
         self.state = state
-        if self._on_change is not None:
-            self._on_change()
+        self.on_change()
 
 
 def fingerprint_of(frame: Submit) -> bytes:

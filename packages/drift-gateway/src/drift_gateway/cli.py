@@ -1,0 +1,227 @@
+"""`drift serve` and `drift demo`: their options, and the configuration file behind the flags.
+
+Option parsing only; grpc and the engine's configuration load when a command runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
+
+import click
+
+from drift_scheduler.errors import DriftError
+
+if TYPE_CHECKING:  # older releases of click have no type parameters here
+    _SizeType = click.ParamType[int]
+    _ChoiceType = click.ParamType[tuple[str, dict[str, Any]]]
+else:
+    _SizeType = _ChoiceType = click.ParamType
+
+P = ParamSpec("P")
+
+SIZE_UNITS: Final = {
+    "": 1,
+    "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
+}  # fmt: skip
+BAD_INPUT: Final = 2
+
+
+class _Refused(click.ClickException):
+    exit_code = BAD_INPUT
+
+
+def _exits(command: Callable[P, int]) -> Callable[P, NoReturn]:
+    """Exit with the command's status; a DriftError is one line and exit code 2."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
+        try:
+            status = command(*args, **kwargs)
+        except DriftError as error:
+            raise _Refused(str(error)) from error
+        click.get_current_context().exit(status)
+
+    return run
+
+
+class ByteSize(_SizeType):
+    """Bytes, as 512MB, 4GiB or 1000000."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+        if found is None or found[2] not in SIZE_UNITS:
+            self.fail(f"'{value}' is no size; write it as 512MB, 4GiB or 1000000", param, ctx)
+        return int(float(found[1]) * SIZE_UNITS[found[2]])
+
+
+class PolicySpec(_ChoiceType):
+    """NAME, or NAME:option=value:..., or in the configuration file a table with `name` and the options."""
+
+    name = "NAME"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, dict[str, Any]]:
+        """The name, and its options."""
+        from drift_scheduler.simulation.run import parse_choice
+
+        if isinstance(value, tuple):
+            return value
+        if isinstance(value, dict):
+            options = dict(value)
+            name = options.pop("name", None)
+            if not isinstance(name, str):
+                self.fail("a policy's table needs its name, as name = 'gang'", param, ctx)
+            return name, options
+        try:
+            return parse_choice(str(value))
+        except DriftError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Make the keys of a TOML file the defaults of the flags of the same names."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _Refused(f"cannot read {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _Refused(f"{path} is not TOML: {error}") from error
+    known = {(option.name or ""): option for option in ctx.command.params if option.name != "config"}
+    defaults = {key.replace("-", "_"): value for key, value in values.items()}
+    for key in defaults:
+        if key not in known:
+            names = ", ".join(sorted(name.replace("_", "-") for name in known))
+            raise _Refused(f"{path}: no option '{key.replace('_', '-')}'; there are: {names}")
+    ctx.default_map = defaults
+
+
+@click.command()
+@click.option(
+    "--model", default="demo", show_default=True, metavar="DIR|demo", help="A Hugging Face directory."
+)
+@click.option(
+    "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or simulated."
+)
+@click.option(
+    "--dtype", default="auto", show_default=True, metavar="NAME", help="auto, float32, bfloat16, float16."
+)
+@click.option(
+    "--listen",
+    default="127.0.0.1:50051",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Port 0 takes a free one.",
+)
+@click.option(
+    "--insecure-bind",
+    is_flag=True,
+    help="Allow --listen on addresses that other machines reach: no TLS, no login.",
+)
+@click.option(
+    "--dispatch",
+    type=PolicySpec(),
+    default="gang",
+    show_default=True,
+    help="Dispatch policy: NAME[:option=value].",
+)
+@click.option(
+    "--partition",
+    type=PolicySpec(),
+    default="tightest-decode",
+    show_default=True,
+    help="Partition policy, likewise.",
+)
+@click.option(
+    "--slo-ttft", type=float, default=2.0, show_default=True, help="Default target: first token, seconds."
+)
+@click.option(
+    "--slo-tbt", type=float, default=0.1, show_default=True, help="Default target: between tokens, seconds."
+)
+@click.option(
+    "--kv-memory", type=ByteSize(), help="Memory of the KV pool, as 512MB.  [default: what is free]"
+)
+@click.option(
+    "--max-running", type=click.IntRange(1, 4096), default=64, show_default=True, help="Requests holding KV."
+)
+@click.option(
+    "--max-in-flight", type=click.IntRange(1, 65536), default=1024, show_default=True,
+    help="Outputs let in, those in the queue included; more are refused.",
+)  # fmt: skip
+@click.option(
+    "--max-context", type=click.IntRange(2), help="Tokens of prompt and output.  [default: the model's]"
+)
+@click.option("--cores", type=click.IntRange(1), help="CPU cores to use.  [default: all allowed ones]")
+@click.option(
+    "--profile", default="short", show_default=True, metavar="short|none|PATH",
+    help="Measure at start, do not, or read the table that `drift profile` wrote.",
+)  # fmt: skip
+@click.option(
+    "--cost", type=PolicySpec(), default="auto", show_default=True, help="Cost model; auto fits the profile."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of requests that bring none.")
+@click.option("--log", "log", metavar="PATH", help="Write one JSON line per scheduler step.")
+@click.option(
+    "--grace", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to finish in."
+)
+@click.option(
+    "--config", metavar="PATH", callback=_read_config, is_eager=True, expose_value=False,
+    help="TOML file with any of these options; flags win.",
+)  # fmt: skip
+@_exits
+def serve(
+    listen: str,
+    insecure_bind: bool,
+    max_in_flight: int,
+    grace: float,
+    kv_memory: int | None,
+    dispatch: tuple[str, dict[str, Any]],
+    partition: tuple[str, dict[str, Any]],
+    cost: tuple[str, dict[str, Any]],
+    **engine: Any,
+) -> int:
+    """Serve a model over gRPC (drift.v1), prefill and decode side by side on one device."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what is wrong is said in our own line
+    from rich.console import Console
+
+    from drift_core.engine import engine_config
+    from drift_gateway import serving
+    from drift_gateway.server import parse_address
+
+    config = engine_config(
+        **engine,
+        kv_memory_bytes=kv_memory,
+        dispatch=dispatch[0],
+        dispatch_options=dispatch[1],
+        partition=partition[0],
+        partition_options=partition[1],
+        cost=cost[0],
+        cost_options=cost[1],
+    )
+    options = serving.ServeOptions(config, parse_address(listen), insecure_bind, max_in_flight, grace)
+    return serving.serve(options, Console(stderr=True))
+
+
+@click.command()
+@click.option(
+    "--target", metavar="HOST:PORT", help="A running server.  [default: starts one with the demo model]"
+)
+@_exits
+def demo(target: str | None) -> int:
+    """Stream a handful of concurrent requests of very different lengths, and show how each fared."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from drift_gateway.demo import run
+
+    return run(target)

@@ -1,0 +1,190 @@
+"""`drift serve`: takes the port, starts the engine, shows how far it is, serves until told to stop.
+
+Knows the terminal and the signals; what is served and how is the supervisor's and the server's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from drift_core.engine import EngineConfig
+from drift_core.frames import Ready, Starting
+from drift_core.link import EngineFailed, EngineGone
+from drift_gateway.server import Address, Gateway, check_address
+from drift_gateway.supervisor import ChildProcess, EngineProcess, Supervisor
+
+log = logging.getLogger("drift.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `drift serve` was asked for. `grace`: seconds that running streams get when the server stops."""
+
+    engine: EngineConfig
+    address: Address
+    insecure_bind: bool = False
+    max_in_flight: int = 1024
+    grace: float = 10.0
+
+
+def serve(options: ServeOptions, console: Console) -> int:
+    """Serve until SIGINT or SIGTERM; the exit status. Raises DriftError on what the user can put right."""
+    check_address(options.address, options.insecure_bind)
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(options, console))
+
+
+async def _serve(options: ServeOptions, console: Console) -> int:
+    async def spawn(path: Path) -> EngineProcess:
+        return await ChildProcess.spawn(options.engine, path)
+
+    display = StartUpDisplay(console)
+    supervisor = Supervisor(spawn, on_starting=display.news)
+    gateway = Gateway(supervisor, options.max_in_flight)
+    await gateway.open(options.address)
+    stop = _stop_signals()
+    try:
+        with display:
+            started = asyncio.ensure_future(supervisor.start())
+            await _first(started, stop)
+            if not started.done():
+                started.cancel()
+                await asyncio.wait((started,))
+                return 0
+            ready = started.result().ready
+        display.summarise(ready, Address(options.address.host, gateway.port))
+        keeping = asyncio.ensure_future(supervisor.keep_running())
+        await _first(keeping, stop)
+        if keeping.done():
+            return _say_why(console, keeping.exception())
+        keeping.cancel()
+        log.info("stopping; running requests get %g s", options.grace)
+        return 0
+    except EngineFailed as failed:
+        if failed.usage:
+            raise
+        return _say_why(console, failed)
+    except EngineGone as gone:
+        return _say_why(console, gone)
+    finally:
+        stop.clear()  # the next signal ends the grace time
+        await gateway.close(options.grace, hurry=stop)
+
+
+def _say_why(console: Console, error: BaseException | None) -> int:
+    console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    return 1
+
+
+async def _first(task: asyncio.Future[Any], stop: asyncio.Event) -> None:
+    """Wait until the task is done or a signal came."""
+    stopped = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+
+
+def _stop_signals() -> asyncio.Event:
+    """An event that SIGINT and SIGTERM set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+class StartUpDisplay:
+    """Start-up phases as progress bars (plain lines where there is no terminal), and as a table in the end."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._began: dict[str, float] = {}
+        self._over = False
+
+    def __enter__(self) -> None:
+        self._progress.start()
+        self.news(Starting("start the engine process"))
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._over = True
+        self._began[""] = time.monotonic()
+
+    def news(self, frame: Starting) -> None:
+        """One piece of news of the start-up; news of a later restart goes to the log."""
+        if self._over:
+            if frame.fraction == 0:
+                log.info("engine: %s", frame.phase)
+            return
+        if frame.phase not in self._tasks:
+            for task in self._tasks.values():
+                self._progress.update(task, completed=1.0)
+            self._tasks[frame.phase] = self._progress.add_task(frame.phase, total=1.0)
+            self._began[frame.phase] = time.monotonic()
+            if not self._console.is_terminal:
+                self._console.print(f"{frame.phase} …", highlight=False)
+        self._progress.update(self._tasks[frame.phase], completed=frame.fraction)
+
+    def summarise(self, ready: Ready, address: Address) -> None:
+        """The phase table, what is served, and a line to try it with."""
+        table = Table("phase", "seconds", title="start-up", title_justify="left")
+        table.columns[1].justify = "right"
+        times = list(self._began.items())
+        for (phase, began), (_, ended) in pairwise(times):
+            table.add_row(phase, f"{ended - began:.2f}")
+        console = self._console
+        console.print(table)
+        console.print(
+            f"[bold]{ready.model}[/] on {ready.device}: {ready.units} units, {ready.num_layers} layers, "
+            f"{ready.dtype}; dispatch {ready.dispatch}, partition {ready.partition}",
+            highlight=False,
+        )
+        console.print(
+            f"KV pool: {ready.kv_pages} pages of {ready.page_tokens} tokens = {ready.kv_tokens} tokens: "
+            f"{ready.kv_tokens // ready.max_context} requests of the full context ({ready.max_context}) at once, "
+            f"{ready.max_running} at most",
+            highlight=False,
+        )
+        console.print(f"[bold green]serving on {address}[/]; try:", highlight=False)
+        console.print(f"  {client_line(address)}", highlight=False, soft_wrap=True, markup=False)
+
+
+def client_line(address: Address) -> str:
+    """A command that sends one request there."""
+    return (
+        'python -c "from drift_gateway.client import DriftClient; '
+        f"print(DriftClient('{address}').generate('A list is', max_tokens=40).complete().text)\""
+    )
