@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -31,12 +33,17 @@ from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.hardware import ModelSpec, device_spec
 from drift_scheduler.cost.roofline import RooflineCost
 from drift_scheduler.cost.table import CostTable, read_table
+from drift_scheduler.decision_log import DecisionLog
 from drift_scheduler.domain import Device, Lane, Partition, Sharing
 from drift_scheduler.errors import DriftError, UnknownNameError
 from drift_scheduler.protocols import CostModel
 from drift_scheduler.scheduler import Limits, Scheduler
+from drift_scheduler.simulation.run import parse_choice
 
 log = logging.getLogger("drift.engine")
+
+SPOT_TOLERANCE = 1.5
+"""A kept profile whose times are off by more than this factor is measured again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +69,22 @@ class Setup:
 def assemble(config: EngineConfig, progress: Progress) -> Engine:
     """Build and warm up everything. Raises DriftError on the first thing that is wrong."""
     registry = _registry()
-    dispatch = registry.create("dispatch policy", config.dispatch, **config.dispatch_options)
-    partitions = registry.create("partition policy", config.partition, **config.partition_options)
+    dispatch = _policy(registry, "dispatch policy", config.dispatch, config.dispatch_options)
+    partitions = _policy(registry, "partition policy", config.partition, config.partition_options)
     given = _given_costs(config, registry)
     setup, executor = _build(config, registry, progress)
     try:
         costs = given if given is not None else _measured_costs(setup, executor)
         progress("warm up", 0.0)
         executor.warm_up()
+        settings: dict[str, Any] = msgspec.to_builtins(config)
         limits = Limits(max_running=config.max_running, max_context_tokens=setup.max_context)
         scheduler = Scheduler(
             executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
         )
-        observers = registry.observers(msgspec.to_builtins(config))
-        return Engine(config, setup.model, setup.directory, executor, scheduler, observers)
+        observers = registry.observers(settings)
+        decisions = DecisionLog(config.log, executor.device, settings) if config.log else None
+        return Engine(config, setup.model, setup.directory, executor, scheduler, observers, decisions)
     except BaseException:
         executor.close()
         raise
@@ -99,7 +108,7 @@ def build_cpu(setup: Setup) -> CpuExecutor:
     log.info(plan.describe())
     cache = KvCache.allocate(model, plan.num_pages, plan.page_tokens, dtype, "cpu")
     decoder = Decoder(model, weights, ops, max_context)
-    return cpu_executor(decoder, cache, plan, affinity, name=f"cpu: {affinity.description}")
+    return cpu_executor(decoder, cache, plan, affinity, seed=config.seed)
 
 
 def cpu_executor(
@@ -109,20 +118,24 @@ def cpu_executor(
     affinity: CpuAffinity,
     *,
     seed: int = 0,
-    name: str = "cpu",
+    device: Device | None = None,
 ) -> CpuExecutor:
-    """An executor over a decoder and its cache, with its own tokens and KV pool."""
+    """An executor over a decoder and its cache, with its own tokens and KV pool.
+
+    `device`: another menu than the cores', for tests; then lanes share all the cores.
+    """
     sequences = SequenceTable()
     kv = PagedKv(plan.num_pages, plan.page_tokens, sequences.tokens_of)
-    device = cpu_device(affinity, decoder.config.num_layers, name)
-    return CpuExecutor(decoder, cache, kv, plan, sequences, device, pin_with(affinity), seed)
+    own = cpu_device(affinity, decoder.config.num_layers)
+    pin = pin_with(affinity) if device is None else _pin_nowhere
+    return CpuExecutor(decoder, cache, kv, plan, sequences, device or own, pin, seed)
 
 
-def cpu_device(affinity: CpuAffinity, num_layers: int, name: str = "cpu") -> Device:
+def cpu_device(affinity: CpuAffinity, num_layers: int) -> Device:
     """What the cores offer. One core cannot be split, so there nothing runs side by side."""
     menu = tuple(Partition(prefill, decode) for prefill, decode in affinity.menu())
     sharings = frozenset(Sharing) if affinity.units > 1 else frozenset(Sharing) - {Sharing.SPATIAL}
-    return Device(affinity.units, menu, num_layers, sharings, name=name)
+    return Device(affinity.units, menu, num_layers, sharings, name=f"cpu: {affinity.description}")
 
 
 def pin_with(affinity: CpuAffinity) -> Pin:
@@ -144,6 +157,10 @@ def measure_table(config: EngineConfig, progress: Progress, *, full: bool) -> Co
         executor.close()
 
 
+def _pin_nowhere(lane: Lane, partition: Partition) -> None:
+    """Leave the thread where it is."""
+
+
 # ---------------------------------------------------------------------------------------------- choices
 
 
@@ -153,6 +170,12 @@ def _registry() -> plugins.Registry:
     for problem in registry.problems:
         log.warning("left out: %s", problem)
     return registry
+
+
+def _policy(registry: plugins.Registry, kind: str, choice: str, options: Mapping[str, Any]) -> Any:
+    """A policy from `NAME` or `NAME:option=value:...`, and further options."""
+    name, written = parse_choice(choice)
+    return registry.create(kind, name, **(written | dict(options)))
 
 
 def _build(
@@ -230,13 +253,29 @@ def _table(setup: Setup, executor: ModelExecutor) -> CostTable:
     """The short profile: from an earlier start with everything alike, or measured now and kept."""
     place = profile_cache.place(*executor.identity)
     table = profile_cache.find(place)
-    if table is not None:
-        log.info("profile: taken from %s (delete it to measure again)", place)
+    if table is not None and _still_true(table, setup, executor):
+        log.info("profile: taken from %s", place)
         return table
     table = _measure(setup, executor, full=False)
     if profile_cache.keep(table, place):
         log.info("profile: measured, kept in %s", place)
     return table
+
+
+def _still_true(table: CostTable, setup: Setup, executor: ModelExecutor) -> bool:
+    """Whether two of a kept table's times are what they are now: it may have been measured beside other work."""
+    total = executor.device.total_units
+    prefills = [row for row in table.prefill if row.units == total and row.requests == 1]
+    decodes = [row for row in table.decode if row.units == total]
+    if not prefills or not decodes:
+        return False
+    prefill, decode = prefills[0], decodes[-1]
+    grid = profile.spot_grid(
+        executor.device, prefill=(prefill.new, prefill.reused), decode=(decode.batch, decode.context_tokens)
+    )
+    now = executor.profile(grid, setup.config.model, lambda fraction: None)
+    ratios = (now.prefill[0].seconds / prefill.seconds, now.decode[0].seconds / decode.seconds)
+    return all(1 / SPOT_TOLERANCE <= ratio <= SPOT_TOLERANCE for ratio in ratios)
 
 
 def _estimated_costs(setup: Setup, executor: ModelExecutor) -> CostModel:

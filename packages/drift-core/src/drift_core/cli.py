@@ -5,37 +5,16 @@ Option parsing and printing only; torch loads when a command runs, so that `drif
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import click
 
 from drift_scheduler.errors import DriftError
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _plain_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Print a DriftError as one line and exit with code 2."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except DriftError as error:
-            raise _Refused(str(error)) from error
-
-    return run
-
-
-class _Refused(click.ClickException):
-    exit_code = 2
 
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,7 +54,6 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--dispatch", default="gang", show_default=True, help="Dispatch policy (see `drift plugins list`)."
 )
 @click.option("--json", "json_path", default=None, metavar="PATH|-", help="Write the outputs as JSON.")
-@_plain_errors
 def generate(
     model: str,
     device: str,
@@ -123,7 +101,6 @@ def generate(
 @click.option(
     "--json", "json_path", default=None, metavar="PATH|-", help="The same table, - for standard output."
 )
-@_plain_errors
 def profile(
     model: str,
     device: str,
@@ -138,9 +115,7 @@ def profile(
     """Measure prefill and decode under each split of the device and write the cost table."""
     from drift_kernels.process import prepare_process
 
-    warning = prepare_process()
-    if warning is not None:
-        click.echo(warning, err=True)
+    prepare_process()  # before the next line loads torch
     from drift_core.assembly import measure_table
     from drift_core.engine import engine_config
     from drift_scheduler.cost.table import encode

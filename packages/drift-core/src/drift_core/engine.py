@@ -17,6 +17,7 @@ import msgspec
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingParams
+from drift_kernels.process import prepare_process
 from drift_scheduler.domain import SLO, Event, FinishReason, Request, RequestCancelled, Step
 from drift_scheduler.errors import DriftError
 from drift_scheduler.loop import serve
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from drift_core.model.config import ModelConfig
     from drift_core.profile import Grid
     from drift_scheduler.cost.table import CostTable
+    from drift_scheduler.decision_log import DecisionLog
     from drift_scheduler.protocols import Observer
     from drift_scheduler.scheduler import Scheduler
 
@@ -124,6 +126,7 @@ class Engine:
         executor: ModelExecutor,
         scheduler: Scheduler,
         observers: Iterable[Observer] = (),
+        decisions: DecisionLog | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -131,10 +134,16 @@ class Engine:
         self.executor = executor
         self.scheduler = scheduler
         self._observers = list(observers)
+        self._decisions = decisions
+        if decisions is not None:
+            self._observers.append(decisions)
 
     @classmethod
     def start(cls, config: EngineConfig, progress: Progress = lambda phase, fraction: None) -> Engine:
         """Load the model, allocate the KV pool, profile, warm up. Raises DriftError on whatever is wrong."""
+        warning = prepare_process()  # before torch loads
+        if warning is not None:
+            log.warning(warning)
         from drift_core.assembly import assemble
 
         return assemble(config, progress)
@@ -172,8 +181,7 @@ class Engine:
     def submit(self, submission: Submit) -> None:
         """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take."""
         sampling, prompt = submission.sampling, submission.prompt
-        sampling.validate(self.model.vocab_size)
-        self._check_prompt(prompt)
+        self.check(prompt, sampling)
         room = max(
             self.max_context - len(prompt), 1
         )  # a prompt that leaves none is the scheduler's to reject
@@ -188,6 +196,16 @@ class Engine:
             salt=submission.salt,
         )
         self.executor.arrive(request, sampling)
+
+    def check(self, prompt: list[int], sampling: SamplingParams) -> None:
+        """Raise DriftError unless prompt and sampling are ones this model can take; lengths are not looked at."""
+        sampling.validate(self.model.vocab_size)
+        if not prompt:
+            raise DriftError("the prompt has no tokens")
+        low, high, size = min(prompt), max(prompt), self.model.vocab_size
+        if low < 0 or high >= size:
+            bad = low if low < 0 else high
+            raise DriftError(f"the prompt holds token id {bad}; the vocabulary has 0 to {size - 1}")
 
     def cancel(self, request_id: str, *, stop: bool = False) -> None:
         """End a request; `stop`: it has said enough, which is no cancellation. Unknown ids are no fault."""
@@ -211,23 +229,15 @@ class Engine:
         self.executor.shut_down()
 
     def close(self) -> None:
-        """End the lanes. After `run` has returned."""
+        """End the lanes and the decision log. After `run` has returned."""
         self.executor.close()
+        if self._decisions is not None:
+            self._decisions.close()
 
     def _deliver(self, step: Step, deliver: Callable[[Step], None]) -> None:
         for fault in step.faults:
             log.warning("scheduler: %s", fault)
         deliver(step)
-
-    def _check_prompt(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise DriftError("the prompt has no tokens")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= self.model.vocab_size:
-            bad = low if low < 0 else high
-            raise DriftError(
-                f"the prompt holds token id {bad}; the vocabulary has 0 to {self.model.vocab_size - 1}"
-            )
 
 
 def _dropped(observer: Observer, error: Exception) -> None:
@@ -239,11 +249,9 @@ def run_engine(config: EngineConfig | Mapping[str, Any], socket_path: str) -> No
 
     Exits with code 2 when what it was asked to serve is at fault; the gateway has been told in a `Failed` frame.
     """
-    from drift_kernels.process import prepare_process
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
-    warning = prepare_process()
+    prepare_process()  # before the next line loads torch
     from drift_core.engine_process import serve_socket
 
     settings = config if isinstance(config, EngineConfig) else engine_config(**config)
-    serve_socket(settings, socket_path, warning)
+    serve_socket(settings, socket_path)

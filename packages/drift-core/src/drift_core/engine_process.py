@@ -37,11 +37,9 @@ EXIT_AFTER_S = 5.0
 """How long an engine outlives its gateway at most."""
 
 
-def serve_socket(config: EngineConfig, socket_path: str, warning: str | None = None) -> None:
+def serve_socket(config: EngineConfig, socket_path: str) -> None:
     """Start an engine and serve the gateway that listens at `socket_path`. Ends the process on a fault."""
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    if warning is not None:
-        log.warning(warning)
     session = _Session()
     link = EngineLink(socket_path, session.receive, session.gateway_gone, EXIT_AFTER_S)
     session.link = link

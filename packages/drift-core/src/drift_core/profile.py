@@ -6,7 +6,6 @@ and KV pages. Knows nothing of requests or policies; to be done while nothing el
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -86,6 +85,21 @@ def plan_grid(device: Device, *, max_context: int, max_running: int, full: bool)
     )
 
 
+def spot_grid(device: Device, prefill: tuple[int, int], decode: tuple[int, int]) -> Grid:
+    """One prefill (new, reused) and one decode step (batch, context in all) on the whole device."""
+    batch, context = decode
+    return Grid(
+        prefill=(prefill,),
+        decode=((batch, context // batch),),
+        fused=(),
+        beside=(),
+        splits=(),
+        units=(device.total_units,),
+        layers=min(SHORT_LAYERS, device.num_layers),
+        repeats=3,
+    )
+
+
 def measure(
     decoder: Decoder,
     cache: KvCache,
@@ -115,7 +129,7 @@ def measure(
         decode=tuple(decode),
         fused=tuple(fused),
         slowdown=tuple(slowdown),
-        source=f"drift profile: prefill over {how}, medians of {grid.repeats} or more; {decoder.ops.description}",
+        source=f"drift profile: prefill over {how}, at least {grid.repeats} runs each; {decoder.ops.description}",
     )
 
 
@@ -229,7 +243,7 @@ class _Bench:
             _on(self.running[Lane.PREFILL], split, _repeat(prefill, seconds)),
             _on(self.running[Lane.DECODE], split, _repeat(decode, seconds)),
         )
-        factors = [statistics.median(side.result()) / solo for side, solo in zip(both, alone, strict=True)]
+        factors = [_typical(side.result()) / solo for side, solo in zip(both, alone, strict=True)]
         self._tick()
         return SlowdownRow(
             prefill_units=split.prefill,
@@ -260,9 +274,9 @@ class _Bench:
     # --------------------------------------------------------------------------------------- running it
 
     def _solo(self, lane: Lane, partition: Partition, work: Work) -> float:
-        """Median seconds of `work` with the other lane idle."""
+        """Typical seconds of `work` with the other lane idle."""
         times = _on(self.running[lane], partition, _repeat(work, LEAST_S, self._grid.repeats)).result()
-        return statistics.median(times)
+        return _typical(times)
 
     def _tick(self) -> None:
         self._done += 1
@@ -288,6 +302,11 @@ def _repeat(work: Work, seconds: float, repeats: int = 2) -> Callable[[], list[f
         return times
 
     return loop
+
+
+def _typical(times: Sequence[float]) -> float:
+    """The lower quartile: what else runs on the machine only ever makes a run longer."""
+    return sorted(times)[len(times) // 4]
 
 
 def _spread(items: Sequence[T], most: int) -> list[T]:
