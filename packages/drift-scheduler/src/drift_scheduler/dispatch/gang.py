@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil, inf
 
 from drift_scheduler.dispatch.exclusive import Alternate, exclusive_decode
@@ -42,9 +43,9 @@ class GangPolicy:
         if not view.device.splits():
             return self._undivided.choose(view, costs, partitions)
         if view.prefill_lane.busy:
-            return self._beside_prefill(view, costs, partitions)
+            return beside_prefill(view, costs, partitions)
         if view.decode_lane.busy:
-            return self._beside_decode(view, costs, partitions)
+            return beside_decode(view, costs, partitions, self._next_batch)
         step = view.decode_step()
         batch = self._next_batch(view, costs)
         if batch is None:
@@ -54,86 +55,84 @@ class GangPolicy:
             return Gang(Sharing.EXCLUSIVE, view.device.all_prefill, prefill=next_block(batch, layers_left))
         split = partitions.split(view, batch.shape, step, costs)
         t_decode = worst_decode(costs, batch.shape, step, split)
-        layers = self._layers_within(view, costs, batch, step, split, t_decode)
+        layers = layers_within(view, costs, batch, step, split, t_decode)
         return Gang(Sharing.SPATIAL, split, prefill=next_block(batch, layers), decode=step)
-
-    # ---------------------------------------------------------------------- one lane still busy
-
-    def _beside_prefill(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
-        """The decode lane is idle: decode under the split in force, or wait for a better one."""
-        step, block, current = view.decode_step(), view.prefill_lane.work, view.partition
-        if step is None or view.sharing is not Sharing.SPATIAL or current is None:
-            return None
-        assert isinstance(block, PrefillBlock)
-        shape = block.shape()
-        wanted = partitions.split(view, shape, step, costs)
-        if wanted != current:
-            left = max(0.0, view.prefill_lane.expected_end - view.now)
-            waiting = left + worst_decode(costs, shape, step, wanted)
-            going_on = worst_decode(costs, shape, step, current)
-            if waiting <= max(float(view.tbt_slack().min()), going_on):
-                return None
-        return Gang(Sharing.SPATIAL, current, decode=step)
-
-    def _beside_decode(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
-        """The prefill lane is idle: further layers for as long as the decode step runs, under the same split."""
-        step, current = view.decode_lane.work, view.partition
-        if view.sharing is not Sharing.SPATIAL or current is None:
-            return None
-        assert isinstance(step, DecodeStep)
-        batch = self._next_batch(view, costs)
-        if batch is None or partitions.split(view, batch.shape, step, costs) != current:
-            return None
-        left = max(0.0, view.decode_lane.expected_end - view.now)
-        layers = self._layers_within(view, costs, batch, step, current, left)
-        return Gang(Sharing.SPATIAL, current, prefill=next_block(batch, layers))
-
-    # ------------------------------------------------------------------------------- prefill work
 
     def _next_batch(self, view: View, costs: CostModel) -> PrefillBatch | None:
         """The batch under way, an urgent prompt that may overtake it, or a new batch."""
         if view.prefills:
-            urgent = self._urgent(view, costs)
-            return urgent if urgent is not None else view.prefills[-1]
+            return urgent_prompt(view, costs, self._scan) or view.prefills[-1]
         chunks = whole_prompts(view, self._max_tokens)
         return new_batch(chunks) if chunks else None
 
-    def _urgent(self, view: View, costs: CostModel) -> PrefillBatch | None:
-        """A shorter prompt that meets its TTFT target only by going first, if the long one still meets its own."""
-        if len(view.prefills) != 1 or not self._scan or not view.num_waiting:
-            return None
-        long = view.prefills[0]
-        units = view.device.total_units if view.partition is None else view.partition.prefill
-        layers = view.device.num_layers
-        long_left = costs.prefill(long.shape, units) * (layers - long.next_layer) / layers
-        best: PrefillBatch | None = None
-        best_deadline = inf
-        for waiting in view.waiting(self._scan):
-            if waiting.pages > view.free_pages:
-                continue
-            shape = PrefillShape.of([(waiting.uncomputed, waiting.computed)])
-            took = costs.prefill(shape, units)
-            in_time = view.now + took <= waiting.deadline < view.now + long_left + took
-            affordable = view.now + took + long_left <= long.deadline
-            if took < long_left and in_time and affordable and waiting.deadline < best_deadline:
-                chunk = PrefillChunk(waiting.request.id, waiting.computed, waiting.total)
-                best, best_deadline = new_batch((chunk,)), waiting.deadline
-        return best
 
-    def _layers_within(
-        self,
-        view: View,
-        costs: CostModel,
-        batch: PrefillBatch,
-        step: DecodeStep,
-        split: Partition,
-        seconds: float,
-    ) -> int:
-        """Layers that fill `seconds` on the prefill lane, rounded up, at least one: `ceil(T * layers / T_prefill)`."""
-        total = view.device.num_layers
-        t_prefill = worst_prefill(costs, batch.shape, step, split)
-        wanted = ceil(seconds * total / t_prefill) if t_prefill > 0 else total
-        return max(1, min(wanted, total - batch.next_layer))
+def beside_prefill(view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
+    """The decode lane is idle: decode under the split in force, or wait for a better one."""
+    step, block, current = view.decode_step(), view.prefill_lane.work, view.partition
+    if step is None or view.sharing is not Sharing.SPATIAL or current is None:
+        return None
+    assert isinstance(block, PrefillBlock)
+    shape = block.shape()
+    wanted = partitions.split(view, shape, step, costs)
+    if wanted != current:
+        left = max(0.0, view.prefill_lane.expected_end - view.now)
+        waiting = left + worst_decode(costs, shape, step, wanted)
+        going_on = worst_decode(costs, shape, step, current)
+        if waiting <= max(float(view.tbt_slack().min()), going_on):
+            return None
+    return Gang(Sharing.SPATIAL, current, decode=step)
+
+
+def beside_decode(
+    view: View,
+    costs: CostModel,
+    partitions: PartitionPolicy,
+    next_batch: Callable[[View, CostModel], PrefillBatch | None],
+) -> Gang | None:
+    """The prefill lane is idle: further layers for as long as the decode step runs, under the same split."""
+    step, current = view.decode_lane.work, view.partition
+    if view.sharing is not Sharing.SPATIAL or current is None:
+        return None
+    assert isinstance(step, DecodeStep)
+    batch = next_batch(view, costs)
+    if batch is None or partitions.split(view, batch.shape, step, costs) != current:
+        return None
+    left = max(0.0, view.decode_lane.expected_end - view.now)
+    layers = layers_within(view, costs, batch, step, current, left)
+    return Gang(Sharing.SPATIAL, current, prefill=next_block(batch, layers))
+
+
+def urgent_prompt(view: View, costs: CostModel, scan: int) -> PrefillBatch | None:
+    """A shorter prompt that meets its TTFT target only by going first, if the long one still meets its own."""
+    if len(view.prefills) != 1 or not scan or not view.num_waiting:
+        return None
+    long = view.prefills[0]
+    units = view.device.total_units if view.partition is None else view.partition.prefill
+    layers = view.device.num_layers
+    long_left = costs.prefill(long.shape, units) * (layers - long.next_layer) / layers
+    best: PrefillBatch | None = None
+    best_deadline = inf
+    for waiting in view.waiting(scan):
+        if waiting.pages > view.free_pages:
+            continue
+        shape = PrefillShape.of([(waiting.uncomputed, waiting.computed)])
+        took = costs.prefill(shape, units)
+        in_time = view.now + took <= waiting.deadline < view.now + long_left + took
+        affordable = view.now + took + long_left <= long.deadline
+        if took < long_left and in_time and affordable and waiting.deadline < best_deadline:
+            chunk = PrefillChunk(waiting.request.id, waiting.computed, waiting.total)
+            best, best_deadline = new_batch((chunk,)), waiting.deadline
+    return best
+
+
+def layers_within(
+    view: View, costs: CostModel, batch: PrefillBatch, step: DecodeStep, split: Partition, seconds: float
+) -> int:
+    """Layers that fill `seconds` on the prefill lane, rounded up, at least one: `ceil(T * layers / T_prefill)`."""
+    total = view.device.num_layers
+    t_prefill = worst_prefill(costs, batch.shape, step, split)
+    wanted = ceil(seconds * total / t_prefill) if t_prefill > 0 else total
+    return max(1, min(wanted, total - batch.next_layer))
 
 
 def worst_decode(costs: CostModel, prefill: PrefillShape, step: DecodeStep, split: Partition) -> float:

@@ -1,0 +1,221 @@
+"""Drift's own policy: the sharing with the most prefill progress per second that keeps every TBT target.
+
+Each decision prices the candidates with the cost model, worst case: a loose target favours one fused pass, which
+reads the weights once for both phases; a tight one favours a spatial split, where decode need not wait for anything;
+in between, temporal slicing wins where a split would cost more than it hides. No fixed choice is right for long, so
+none is made: the sharing in use is kept unless another is clearly better.
+
+The prefill queue is served by TTFT slack: arrival plus target less the time its uncached work takes. Requests that
+cannot make it any more go last, shortest first, so that one lost cause does not sink those behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+
+from drift_scheduler.dispatch.exclusive import Alternate, exclusive_decode
+from drift_scheduler.dispatch.gang import (
+    beside_decode,
+    beside_prefill,
+    layers_within,
+    urgent_prompt,
+    worst_decode,
+    worst_prefill,
+)
+from drift_scheduler.dispatch.prompts import new_batch, next_block
+from drift_scheduler.dispatch.temporal import layers_in
+from drift_scheduler.domain import (
+    DecodeStep,
+    Gang,
+    PrefillBatch,
+    PrefillChunk,
+    PrefillShape,
+    Sharing,
+    Waiting,
+)
+from drift_scheduler.errors import OptionError, positive
+from drift_scheduler.protocols import CostModel, PartitionPolicy
+from drift_scheduler.view import View
+
+TILE = 64  # fused chunks are whole multiples of this, below which a matmul wastes its tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One way to share the device next: the gang, and prefill tokens per second while it lasts."""
+
+    gang: Gang
+    progress: float
+    meets: bool
+
+
+class DriftPolicy:
+    """`max_batch_tokens`: uncomputed tokens after which a prefill batch is full. `scan`: queued requests weighed at a
+    time. `hysteresis`: by how much another sharing must be better to displace the one in use. `margin`: share
+    of a TBT target that estimates may use."""
+
+    def __init__(
+        self, max_batch_tokens: int = 4096, scan: int = 64, hysteresis: float = 0.05, margin: float = 1.0
+    ) -> None:
+        self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
+        self._scan = positive("scan", scan)
+        if not 0 <= hysteresis < 10:
+            raise OptionError(f"option 'hysteresis' is {hysteresis!r}, need a number from 0 to 10")
+        if not 0 < margin <= 1:
+            raise OptionError(f"option 'margin' is {margin!r}, need a number above 0 and at most 1")
+        self._keep = 1.0 + hysteresis
+        self._margin = margin
+        self._last: Sharing | None = None
+        self._undivided = Alternate(max_batch_tokens)
+
+    def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
+        """What the idle lanes do next."""
+        if view.prefill_lane.busy:
+            return beside_prefill(view, costs, partitions)
+        if view.decode_lane.busy:
+            return beside_decode(view, costs, partitions, self._next_batch)
+        step = view.decode_step()
+        batch = self._next_batch(view, costs)
+        if batch is None:
+            return exclusive_decode(view)
+        if step is None:
+            left = view.device.num_layers - batch.next_layer
+            return Gang(Sharing.EXCLUSIVE, view.device.all_prefill, prefill=next_block(batch, left))
+        return self._best(view, costs, partitions, batch, step)
+
+    # --------------------------------------------------------------------------- sharings, priced
+
+    def _best(
+        self, view: View, costs: CostModel, partitions: PartitionPolicy, batch: PrefillBatch, step: DecodeStep
+    ) -> Gang | None:
+        slack = float(view.tbt_slack().min())
+        budget = min(slack, view.tbt_target) * self._margin
+        options: list[Option] = []
+        if Sharing.SPATIAL in view.device.sharings and view.device.splits():
+            options.append(_spatial(view, costs, partitions, batch, step, budget))
+        if Sharing.FUSED in view.device.sharings and batch.next_layer == 0 and not view.prefills:
+            fused = _fused(view, costs, batch, step, budget)
+            if fused is not None:
+                options.append(fused)
+        if Sharing.TEMPORAL in view.device.sharings:
+            temporal = _temporal(view, costs, batch, step, view.tbt_target * self._margin, slack)
+            if temporal is not None:
+                options.append(temporal)
+        if not options:
+            return self._undivided.choose(view, costs, partitions)
+        best = max(options, key=self._rank)
+        self._last = best.gang.sharing
+        return best.gang
+
+    def _rank(self, option: Option) -> tuple[bool, float]:
+        kept = option.gang.sharing is self._last
+        return option.meets, option.progress * (self._keep if kept else 1.0)
+
+    # ------------------------------------------------------------------------------------- the queue
+
+    def _next_batch(self, view: View, costs: CostModel) -> PrefillBatch | None:
+        """The batch under way, an urgent prompt that may overtake it, or the prompts with the least slack."""
+        if view.prefills:
+            return urgent_prompt(view, costs, self._scan) or view.prefills[-1]
+        if not view.num_waiting:
+            return None
+        return self._by_slack(view, costs)
+
+    def _by_slack(self, view: View, costs: CostModel) -> PrefillBatch | None:
+        units = view.device.total_units
+        ranked: list[tuple[bool, float, int, float, Waiting]] = []
+        for order, waiting in enumerate(view.waiting(self._scan)):
+            took = costs.prefill(PrefillShape.of([(waiting.uncomputed, waiting.computed)]), units)
+            slack = waiting.deadline - view.now - took
+            late = slack < 0
+            ranked.append((late, took if late else slack, order, took, waiting))
+        ranked.sort(key=lambda item: item[:3])
+        chunks: list[PrefillChunk] = []
+        tokens, pages = 0, view.free_pages
+        for _, _, _, _, waiting in ranked:
+            if chunks and (tokens + waiting.uncomputed > self._max_tokens or waiting.pages > pages):
+                break
+            chunks.append(PrefillChunk(waiting.request.id, waiting.computed, waiting.total))
+            tokens += waiting.uncomputed
+            pages -= waiting.pages
+        return new_batch(tuple(chunks)) if chunks else None
+
+
+def _spatial(
+    view: View,
+    costs: CostModel,
+    partitions: PartitionPolicy,
+    batch: PrefillBatch,
+    step: DecodeStep,
+    budget: float,
+) -> Option:
+    """Decode on its part, prefill layers beside it for as long as it runs."""
+    split = partitions.split(view, batch.shape, step, costs)
+    t_decode = worst_decode(costs, batch.shape, step, split)
+    layers = layers_within(view, costs, batch, step, split, t_decode)
+    gang = Gang(Sharing.SPATIAL, split, prefill=next_block(batch, layers), decode=step)
+    t_prefill = worst_prefill(costs, batch.shape, step, split)
+    progress = batch.shape.new_tokens / t_prefill if t_prefill > 0 else 0.0
+    return Option(gang, progress, t_decode <= budget)
+
+
+def _temporal(
+    view: View, costs: CostModel, batch: PrefillBatch, step: DecodeStep, target: float, slack: float
+) -> Option | None:
+    """Decode, then the layers that leave time for the next decode step before the tightest token is late."""
+    t_decode = costs.decode(step.shape(), view.device.total_units)
+    layers = min(layers_in(view, costs, batch, target - t_decode), view.device.num_layers - batch.next_layer)
+    if layers < 1:
+        return None
+    total = view.device.num_layers
+    t_block = costs.prefill(batch.shape, view.device.total_units) * layers / total
+    gang = Gang(Sharing.TEMPORAL, view.device.all_decode, prefill=next_block(batch, layers), decode=step)
+    progress = batch.shape.new_tokens * layers / total / (t_decode + t_block)
+    return Option(gang, progress, t_decode <= slack)
+
+
+def _fused(
+    view: View, costs: CostModel, batch: PrefillBatch, step: DecodeStep, budget: float
+) -> Option | None:
+    """One pass over decode and as many prompt tokens as the budget holds."""
+    units, total = view.device.total_units, batch.shape.new_tokens
+    decode = step.shape()
+
+    def seconds(tokens: int) -> float:
+        return costs.fused(_front(batch, tokens)[1], decode, units)
+
+    tokens = _largest_within(seconds, total, budget)
+    if tokens is None:
+        return None
+    chunks, shape = _front(batch, tokens)
+    block = next_block(new_batch(chunks), view.device.num_layers)
+    gang = Gang(Sharing.FUSED, view.device.all_decode, prefill=block, decode=step)
+    return Option(gang, tokens / costs.fused(shape, decode, units), True)
+
+
+def _front(batch: PrefillBatch, tokens: int) -> tuple[tuple[PrefillChunk, ...], PrefillShape]:
+    """The first `tokens` tokens of a batch as chunks, and their shape."""
+    chunks: list[PrefillChunk] = []
+    for chunk in batch.chunks:
+        if tokens <= 0:
+            break
+        stop = min(chunk.stop, chunk.start + tokens)
+        chunks.append(PrefillChunk(chunk.request_id, chunk.start, stop, chunk.last and stop == chunk.stop))
+        tokens -= stop - chunk.start
+    return tuple(chunks), PrefillShape.of([(c.stop - c.start, c.start) for c in chunks])
+
+
+def _largest_within(seconds: Callable[[int], float], total: int, budget: float) -> int | None:
+    """The most tokens, in whole tiles, that take at most `budget` seconds; `None` when not one tile does."""
+    if seconds(total) <= budget:
+        return total
+    low, high = 0, ceil(total / TILE)  # in tiles; `low` fits, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if seconds(middle * TILE) <= budget:
+            low = middle
+        else:
+            high = middle
+    return low * TILE if low else None
