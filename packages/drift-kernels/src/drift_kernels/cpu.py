@@ -25,6 +25,7 @@ _MULTIPLICATIONS_SHORT = 1 << 17
 _AMX_ROWS = 128
 _DPBF16_ROWS = 4
 _FP32_ROWS = range(3, 17)
+_STACK_ELEMENTS = 1 << 17  # inputs of this many elements are packed on the stack (native.c knows this number)
 
 _ATTEND_FAULTS = {
     1: "inputs.query_starts does not lay out q: it must rise from 0 to its tokens in steps of 1 to max_query",
@@ -49,7 +50,7 @@ class CpuOps:
         if size % 16 or x.dtype not in _DTYPES:
             return reference.rms_norm(x, weight, eps)
         rows, stride = _rows(x)
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = x.new_empty(x.shape)
         self._for(x).drift_rms_norm(
             rows.data_ptr(), None, _flat(weight).data_ptr(), out.data_ptr(), None,
             rows.shape[0], size, stride, 0, eps, _DTYPES[x.dtype], torch.get_num_threads(),
@@ -62,7 +63,7 @@ class CpuOps:
         if size % 16 or x.dtype not in _DTYPES:
             return reference.add_rms_norm(x, residual, weight, eps)
         (rows, stride), (others, other_stride) = _rows(x), _rows(residual)
-        out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+        out, total = x.new_empty(x.shape), x.new_empty(x.shape)
         self._for(x).drift_rms_norm(
             rows.data_ptr(), others.data_ptr(), _flat(weight).data_ptr(), out.data_ptr(), total.data_ptr(),
             rows.shape[0], size, stride, other_stride, eps, _DTYPES[x.dtype], torch.get_num_threads(),
@@ -75,7 +76,7 @@ class CpuOps:
         if size % 16 or gate_up.dtype not in _DTYPES:
             return reference.silu_and_mul(gate_up)
         rows, stride = _rows(gate_up)
-        out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype)
+        out = gate_up.new_empty((*gate_up.shape[:-1], size))
         self._for(gate_up).drift_silu_and_mul(
             rows.data_ptr(),
             out.data_ptr(),
@@ -95,7 +96,7 @@ class CpuOps:
         if size < 32 or angles is None or not known:
             return reference.apply_rotary(q, k, cos, sin)
         q, k, cos, sin = _heads(q), _heads(k), _unit_stride(cos), _unit_stride(sin)
-        q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
         self._for(q).drift_rotary(
             q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr(), q_out.data_ptr(), k_out.data_ptr(),
             tokens, heads, k.shape[1], size, q.stride(0), k.stride(0), cos.stride(0), sin.stride(0),
@@ -123,7 +124,7 @@ class CpuOps:
         if size % 16 or size > 256 or q.dtype not in _DTYPES:
             return reference.attend(q, k_pages, v_pages, inputs)
         q, table = _heads(q), inputs.page_table
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = q.new_empty(q.shape)
         short = tokens * heads * size * inputs.max_context < _MULTIPLICATIONS_SHORT
         fault = (self._held if short else self._free).drift_attend(
             q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(),
@@ -141,27 +142,25 @@ class CpuOps:
         outputs, inputs = weight.shape
         rows, stride = _rows(x)
         count = rows.shape[0]
-        path = self._linear_path(count, outputs, inputs, x.dtype)
-        if path is None or not weight.is_contiguous():
+        if not self._takes_linear(count, outputs, inputs, x.dtype) or not weight.is_contiguous():
             return reference.linear(x, weight, bias)
-        out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-        packed = torch.empty((count + 15) // 16 * 16 * inputs, dtype=x.dtype) if path == "amx" else None
+        out = x.new_empty((*x.shape[:-1], outputs))
+        tiled = self._level == 2 and x.dtype == torch.bfloat16
+        elements = (count + 15) // 16 * 16 * inputs if tiled else 0
+        packed = x.new_empty(elements) if elements > _STACK_ELEMENTS else None
         short = count * outputs * inputs < _MULTIPLICATIONS_SHORT
         (self._held if short else self._free).drift_linear(
             rows.data_ptr(), weight.data_ptr(), None if bias is None else _flat(bias).data_ptr(), out.data_ptr(),
             None if packed is None else packed.data_ptr(), count, outputs, inputs, stride,
-            _DTYPES[x.dtype], torch.get_num_threads(),
+            _DTYPES[x.dtype], tiled, torch.get_num_threads(),
         )  # fmt: skip
         return out
 
-    def _linear_path(self, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> str | None:
-        if rows == 0:
-            return None
-        if dtype == torch.bfloat16 and inputs % 32 == 0:
-            if self._level == 2 and rows <= _AMX_ROWS and outputs >= 32:
-                return "amx"
-            return "dots" if self._level >= 1 and rows <= _DPBF16_ROWS else None
-        return "dots" if dtype == torch.float32 and inputs % 16 == 0 and rows in _FP32_ROWS else None
+    def _takes_linear(self, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+        if dtype == torch.bfloat16:
+            most = (0, _DPBF16_ROWS, _AMX_ROWS)[self._level]
+            return 0 < rows <= most and inputs % 32 == 0 and outputs >= 32
+        return dtype == torch.float32 and inputs % 16 == 0 and rows in _FP32_ROWS
 
     def _for(self, x: Tensor) -> ctypes.CDLL:
         return self._held if x.numel() < _SHORT else self._free

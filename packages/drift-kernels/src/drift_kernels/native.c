@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #pragma GCC diagnostic ignored "-Wpsabi"
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -80,10 +81,19 @@ int drift_init(void *gomp_parallel, int highest) {
 
 INLINE vec splat(float x) { return (vec){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
-INLINE vec widen(half h) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+INLINE vec widen(half h) {
+#ifdef __AVX512F__
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)h), 16);
+#else
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+#endif
+}
 
 // fp32 to bf16 as torch does: to nearest, ties to even; NaN stays NaN.
 INLINE half narrow(vec x) {
+#ifdef HAVE_DPBF16
+    return (half)_mm512_cvtneps_pbh((__m512)x);
+#endif
     uvec u = (uvec)x;
     uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     uvec nan = (uvec)(x != x);
@@ -291,7 +301,8 @@ INLINE void block(const struct linear *a, long m, long n, int rows, int cols) {
         dots(a, m, n, rows, cols, F32);
 }
 
-enum { STRIPE = 32 };  // output columns a task owns
+enum { STRIPE = 32 };               // output columns a task owns
+enum { STACK_ELEMENTS = 1 << 17 };  // cpu.py knows this number
 
 static void linear_stripe(const void *args, long task) {
     const struct linear *a = args;
@@ -384,8 +395,8 @@ static void linear_tiles(const void *args, long task) {
 }
 #endif
 
-// packed: room for (M rounded up to 16) * K elements to use AMX (bf16, N >= 32, K a multiple of 32), else null.
-void drift_linear(const void *x, const void *w, const void *bias, void *out, void *packed, long M, long N, long K,
+// packed: null, or room for (M rounded up to 16) * K elements: then AMX is used (bf16, N >= 32, K a multiple of 32).
+static void linear(const void *x, const void *w, const void *bias, void *out, void *packed, long M, long N, long K,
                   long ldx, int dtype, int threads) {
     struct linear a = {x, w, bias, out, packed, M, N, K, ldx, N, dtype};
     if (N * K * MAX(M, 8) < SMALL) threads = 1;
@@ -397,6 +408,27 @@ void drift_linear(const void *x, const void *w, const void *bias, void *out, voi
     }
 #endif
     each((N + STRIPE - 1) / STRIPE, threads, linear_stripe, &a);
+}
+
+#ifdef HAVE_AMX
+// Small inputs are packed on the stack: asking torch for memory costs as much as the packing.
+static __attribute__((noinline)) void linear_on_stack(const void *x, const void *w, const void *bias, void *out,
+                                                      long M, long N, long K, long ldx, int threads) {
+    uint16_t packed[STACK_ELEMENTS] __attribute__((aligned(64)));
+    linear(x, w, bias, out, packed, M, N, K, ldx, BF16, threads);
+}
+#endif
+
+// tiled: use AMX. packed may be null where (M rounded up to 16) * K is at most STACK_ELEMENTS.
+void drift_linear(const void *x, const void *w, const void *bias, void *out, void *packed, long M, long N, long K,
+                  long ldx, int dtype, int tiled, int threads) {
+#ifdef HAVE_AMX
+    if (tiled && !packed) {
+        linear_on_stack(x, w, bias, out, M, N, K, ldx, threads);
+        return;
+    }
+#endif
+    linear(x, w, bias, out, tiled ? packed : NULL, M, N, K, ldx, dtype, threads);
 }
 
 // ------------------------------------------------------------------------------------------------------- attention
@@ -461,62 +493,110 @@ INLINE int offsets(const struct attend *a, const struct span *s, long t0, int n,
     return 1;
 }
 
-// One row, any dtype: scores by dot products, sums in registers sixteen dimensions at a time.
-INLINE void attend_row(const struct attend *a, const struct span *s, long r, float *q, int size, int dtype) {
-    long D = a->D, position = s->first_position + r / (a->Hq / a->Hk);
-    long lo = a->window ? MAX(s->lo, position - a->window + 1) : s->lo;
-    float most = HIDDEN, total = 0, sums[256] = {0};
-    const char *query = query_row(a, s, r, size);
-    for (long d = 0; d < D; d += 16) store(q, d, load(query, d, dtype), F32);
-    for (long t0 = lo; t0 <= position; t0 += KV) {
-        int n = (int)MIN(KV, position + 1 - t0);
-        float p[KV];
-        long at[KV];
-        if (!offsets(a, s, t0, n, at)) return;
-        for (int i = n; i < KV; i++) p[i] = HIDDEN;
-        for (int i = 0; i < n; i++) {
-            vec acc = splat(0);
-            for (long d = 0; d < D; d += 16) acc += load(q, d, F32) * load(a->k_pages, at[i] + d, dtype);
-            p[i] = sum(acc) * a->scale;
+// Any dtype, any instructions: up to LANES rows share a block of KV, four at a time share a load.
+enum { LANES = 16 };
+
+struct plain_scratch {
+    float q[LANES][256], sums[LANES][256], p[LANES][KV], most[LANES], total[LANES];
+    long at[KV];
+};
+
+// p[row][token] for four rows and four tokens; those past `n` are read from the last one and masked afterwards.
+INLINE void plain_scores(const struct attend *a, struct plain_scratch *w, int row, int n, int dtype) {
+    for (int t = 0; t < n; t += 4) {
+        vec acc[4][4] = {0};
+        for (long d = 0; d < a->D; d += 16) {
+            vec k[4];
+            for (int j = 0; j < 4; j++) k[j] = load(a->k_pages, w->at[MIN(t + j, n - 1)] + d, dtype);
+            for (int i = 0; i < 4; i++) {
+                vec q = load(w->q[row + i], d, F32);
+                for (int j = 0; j < 4; j++) acc[i][j] += q * k[j];
+            }
         }
-        vec peak = splat(most);
-        for (int i = 0; i < KV; i += 16) peak = vmax(peak, load(p, i, F32));
-        float now = largest(peak), fade = expf(most - now);
-        vec mass = splat(0);
-        for (int i = 0; i < KV; i += 16) {
-            vec e = vexp(load(p, i, F32) - now);
-            mass += e;
-            store(p, i, e, F32);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4; j++) w->p[row + i][t + j] = sum(acc[i][j]) * a->scale;
+    }
+}
+
+INLINE void plain_sums(const struct attend *a, struct plain_scratch *w, int row, int n, int dtype) {
+    for (long d = 0; d < a->D; d += 16) {
+        vec acc[4];
+        for (int i = 0; i < 4; i++) acc[i] = load(w->sums[row + i], d, F32);
+        for (int t = 0; t < n; t++) {
+            vec v = load(a->v_pages, w->at[t] + d, dtype);
+            for (int i = 0; i < 4; i++) acc[i] += w->p[row + i][t] * v;
         }
-        total = total * fade + sum(mass), most = now;
-        for (long d = 0; d < D; d += 16) {
-            vec acc = load(sums, d, F32) * fade;
-            for (int i = 0; i < n; i++) acc += p[i] * load(a->v_pages, at[i] + d, dtype);
-            store(sums, d, acc, F32);
+        for (int i = 0; i < 4; i++) store(w->sums[row + i], d, acc[i], F32);
+    }
+}
+
+// Scores to weights for the tokens t0.. that a row at `position` sees; the others get 0.
+static void plain_softmax(const struct attend *a, struct plain_scratch *w, int row, long position, long t0, int n) {
+    float *p = w->p[row];
+    int from = a->window ? (int)MIN(MAX(position - a->window + 1 - t0, 0), KV) : 0, to = (int)MIN(n, position + 1 - t0);
+    if (from >= to) {
+        memset(p, 0, sizeof w->p[row]);
+        return;
+    }
+    for (int i = 0; i < from; i++) p[i] = HIDDEN;
+    for (int i = to; i < KV; i++) p[i] = HIDDEN;
+    vec peak = splat(w->most[row]), mass = splat(0);
+    for (int i = 0; i < KV; i += 16) peak = vmax(peak, load(p, i, F32));
+    float now = largest(peak), fade = expf(w->most[row] - now);
+    for (int i = 0; i < KV; i += 16) {
+        vec e = vexp(load(p, i, F32) - now);
+        mass += e;
+        store(p, i, e, F32);
+    }
+    w->total[row] = w->total[row] * fade + sum(mass), w->most[row] = now;
+    if (fade != 1)
+        for (long d = 0; d < a->D; d += 16) store(w->sums[row], d, load(w->sums[row], d, F32) * fade, F32);
+}
+
+INLINE void plain_task(const struct attend *a, const struct span *s, struct plain_scratch *w, int dtype) {
+    long group = a->Hq / a->Hk, size = dtype == BF16 ? 2 : 4;
+    int rows = (int)(s->r1 - s->r0), fours = (rows + 3) / 4 * 4;  // rows that fill up the last four repeat the last
+    for (int i = 0; i < fours; i++) {
+        const char *q = query_row(a, s, s->r0 + MIN(i, rows - 1), (int)size);
+        for (long d = 0; d < a->D; d += 16) {
+            store(w->q[i], d, load(q, d, dtype), F32);
+            store(w->sums[i], d, splat(0), F32);
+        }
+        w->most[i] = HIDDEN, w->total[i] = 0;
+    }
+    for (long t0 = s->lo; t0 < s->hi; t0 += KV) {
+        int n = (int)MIN(KV, s->hi - t0);
+        if (!offsets(a, s, t0, n, w->at)) return;
+        for (int row = 0; row < fours; row += 4) {
+            plain_scores(a, w, row, n, dtype);
+            for (int i = row; i < row + 4; i++) {
+                long position = s->first_position + (s->r0 + MIN(i, rows - 1)) / group;
+                plain_softmax(a, w, i, position, t0, n);
+            }
+            plain_sums(a, w, row, n, dtype);
         }
     }
-    char *out = out_row(a, s, r, size);
-    for (long d = 0; d < D; d += 16) store(out, d, load(sums, d, F32) / total, dtype);
+    for (int i = 0; i < rows; i++)
+        for (long d = 0; d < a->D; d += 16)
+            store(out_row(a, s, s->r0 + i, (int)size), d, load(w->sums[i], d, F32) / w->total[i], dtype);
 }
 
 static void attend_rows(const void *args, long task) {
     const struct attend *a = args;
     struct span s;
-    float q[256];
+    struct plain_scratch w;
     if (!span_of(a, task, &s)) return;
-    for (long r = s.r0; r < s.r1; r++) {
-        if (a->dtype == BF16)
-            attend_row(a, &s, r, q, 2, BF16);
-        else
-            attend_row(a, &s, r, q, 4, F32);
-    }
+    if (a->dtype == BF16)
+        plain_task(a, &s, &w, BF16);
+    else
+        plain_task(a, &s, &w, F32);
 }
 
 #ifdef HAVE_AMX
 // Everything is laid out with the query row as the lane, so softmax needs no sums across lanes:
 //   scores[token][row] = K[token][d] Q^T[d][row]      K tiles as they lie, copied to clear the tail
 //   sums[d][row] += V^T[d][token] P[token][row]       V transposed once per KV block, for all rows of the task
-enum { ROWS = 128, LANES = 16 };
+enum { ROWS = 128 };
 
 struct amx_scratch {
     uint16_t q[ROWS / LANES][8][512];  // per 32 dimensions: words [pair of d][row]
@@ -702,7 +782,7 @@ int drift_attend(const void *q, const void *k_pages, const void *v_pages, void *
                  long max_pages, long num_pages, long page_tokens, long max_query, long max_context, long window,
                  float scale, int dtype, int threads) {
     void (*work)(const void *, long) = attend_rows;
-    long rows = 16, bad = INT64_MIN;
+    long rows = LANES, bad = INT64_MIN;
 #ifdef HAVE_AMX
     if (level == AMX && dtype == BF16) work = attend_tiles, rows = ROWS;
 #endif
@@ -750,6 +830,7 @@ INLINE void gate_row(const struct rows *a, long r, int dtype) {
     for (long d = 0; d < a->D; d += 16) {
         vec gate = load(a->x, r * a->ldx + d, dtype), up = load(a->x, r * a->ldx + a->D + d, dtype);
         vec silu = gate / (1.0f + vexp(vmin(-gate, splat(88.0f))));
+        silu = choose(gate < -88.0f, splat(0), silu);
         store(a->out, r * a->D + d, rounded(silu, dtype) * up, dtype);
     }
 }

@@ -171,7 +171,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, long, int_, float_ = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     signatures = {
         "drift_init": (int_, [pointer, int_]),
-        "drift_linear": (None, [pointer] * 5 + [long] * 4 + [int_] * 2),
+        "drift_linear": (None, [pointer] * 5 + [long] * 4 + [int_] * 3),
         "drift_attend": (int_, [pointer] * 7 + [long] * 12 + [float_] + [int_] * 2),
         "drift_rms_norm": (None, [pointer] * 5 + [long] * 4 + [float_] + [int_] * 2),
         "drift_silu_and_mul": (None, [pointer] * 2 + [long] * 3 + [int_] * 2),
