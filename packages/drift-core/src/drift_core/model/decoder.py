@@ -73,6 +73,7 @@ class Decoder:
         self._rotary = RotaryTable(
             config.rope, config.head_dim, config.max_context, weights.dtype, weights.device, **rows
         )
+        self._device = str(weights.device)
         self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
 
     def inputs(
@@ -86,7 +87,7 @@ class Decoder:
             page_tokens,
             self.config.scale,
             self.config.sliding_window,
-            self.weights.device,
+            self._device,
         )
 
     @torch.inference_mode()
