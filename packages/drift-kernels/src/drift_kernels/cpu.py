@@ -14,7 +14,7 @@ from torch import Tensor
 
 from drift_kernels import checks, reference
 from drift_kernels.inputs import AttentionInputs
-from drift_kernels.native_library import NativeLibrary
+from drift_kernels.native_library import LEVELS, NativeLibrary
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Elements below which an elementwise call is over in a few microseconds.
@@ -36,13 +36,13 @@ _ATTEND_FAULTS = {
 
 
 class CpuOps:
-    """Native ops for fp32 and bf16 tensors on CPU."""
+    """Native ops for fp32 and bf16 tensors on CPU. `highest_level` (see LEVELS) keeps to lesser instructions."""
 
-    def __init__(self, library: NativeLibrary) -> None:
-        self.description = library.description
+    def __init__(self, library: NativeLibrary, highest_level: int = 2) -> None:
         self._free = library.free
         self._held = library.held
-        self._level = library.level
+        self._level = min(library.level, highest_level)
+        self.description = f"native C, {LEVELS[self._level]}, {'' if library.threaded else 'not '}threaded"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         checks.check_norm(x, weight)
@@ -131,7 +131,7 @@ class CpuOps:
             inputs.query_starts.data_ptr(), inputs.context_lens.data_ptr(), table.data_ptr(),
             tokens, table.shape[0], heads, kv_heads, size, q.stride(0), table.shape[1], pages, page_tokens,
             inputs.max_query, inputs.max_context, inputs.window or 0,
-            inputs.scale, _DTYPES[q.dtype], torch.get_num_threads(),
+            inputs.scale, _DTYPES[q.dtype], self._level, torch.get_num_threads(),
         )  # fmt: skip
         if fault:
             raise ValueError(_ATTEND_FAULTS[fault])
@@ -145,14 +145,14 @@ class CpuOps:
         if not self._takes_linear(count, outputs, inputs, x.dtype) or not weight.is_contiguous():
             return reference.linear(x, weight, bias)
         out = x.new_empty((*x.shape[:-1], outputs))
-        tiled = self._level == 2 and x.dtype == torch.bfloat16
-        elements = (count + 15) // 16 * 16 * inputs if tiled else 0
+        level = self._level if x.dtype == torch.bfloat16 else 0
+        elements = (count + 15) // 16 * 16 * inputs if level == 2 else 0
         packed = x.new_empty(elements) if elements > _STACK_ELEMENTS else None
         short = count * outputs * inputs < _MULTIPLICATIONS_SHORT
         (self._held if short else self._free).drift_linear(
             rows.data_ptr(), weight.data_ptr(), None if bias is None else _flat(bias).data_ptr(), out.data_ptr(),
             None if packed is None else packed.data_ptr(), count, outputs, inputs, stride,
-            _DTYPES[x.dtype], tiled, torch.get_num_threads(),
+            _DTYPES[x.dtype], level, torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -41,7 +41,6 @@ typedef float vec4 __attribute__((vector_size(16)));
 
 typedef void (*region)(void *);
 static void (*team_run)(region, void *, unsigned, unsigned);  // GOMP_parallel of the libgomp that torch loaded
-static int level;                                              // PORTABLE, DPBF16 or AMX
 
 struct job {
     void (*work)(const void *args, long task);
@@ -64,17 +63,17 @@ static void each(long tasks, int threads, void (*work)(const void *, long), cons
         member(&job);
 }
 
-// Returns the instruction level in use. gomp_parallel may be null: then every call stays on its thread.
-int drift_init(void *gomp_parallel, int highest) {
+// Returns the highest instruction level this build and machine have: PORTABLE, DPBF16 or AMX. Calls below take the
+// level to use, at most that. gomp_parallel may be null: then every call stays on its thread.
+int drift_init(void *gomp_parallel) {
     team_run = gomp_parallel;
-    level = PORTABLE;
-#ifdef HAVE_DPBF16
-    level = DPBF16;
-#endif
 #ifdef HAVE_AMX
-    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0) level = AMX;
+    if (syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0) return AMX;
 #endif
-    return level = MIN(level, highest);
+#ifdef HAVE_DPBF16
+    return DPBF16;
+#endif
+    return PORTABLE;
 }
 
 // --------------------------------------------------------------------------------------------- sixteen lanes at once
@@ -240,17 +239,17 @@ struct linear {
     const void *x, *w, *bias;
     void *out;
     uint16_t *packed;  // AMX: M rounded up to 16, times K
-    long M, N, K, ldx, ldo;
-    int dtype;
+    long M, N, K, ldx;
+    int dtype, level;
 };
 
 static __attribute__((noinline)) void finish(const struct linear *a, long m, long n, float s) {
     if (a->dtype == BF16) {
-        uint16_t *out = (uint16_t *)a->out + m * a->ldo + n;
+        uint16_t *out = (uint16_t *)a->out + m * a->N + n;
         if (a->bias) s += widen((half){((const uint16_t *)a->bias)[n]})[0];
         *out = narrow(splat(s))[0];
     } else {
-        ((float *)a->out)[m * a->ldo + n] = s + (a->bias ? ((const float *)a->bias)[n] : 0);
+        ((float *)a->out)[m * a->N + n] = s + (a->bias ? ((const float *)a->bias)[n] : 0);
     }
 }
 
@@ -293,7 +292,7 @@ INLINE void dots_bf16(const struct linear *a, long m, long n, int rows, int cols
 
 INLINE void block(const struct linear *a, long m, long n, int rows, int cols) {
 #ifdef HAVE_DPBF16
-    if (a->dtype == BF16 && level >= DPBF16) return dots_bf16(a, m, n, rows, cols);
+    if (a->dtype == BF16 && a->level >= DPBF16) return dots_bf16(a, m, n, rows, cols);
 #endif
     if (a->dtype == BF16)
         dots(a, m, n, rows, cols, BF16);
@@ -347,7 +346,7 @@ INLINE void linear_store(const struct linear *a, const float *sums, long m, long
     int rows = (int)MIN(16, a->M - m);
     for (int i = 0; i < rows; i++) {
         __m256bh h = _mm512_cvtneps_pbh(_mm512_add_ps((__m512)r[i], bias));
-        _mm256_storeu_si256((__m256i *)((uint16_t *)a->out + (m + i) * a->ldo + n), (__m256i)h);
+        _mm256_storeu_si256((__m256i *)((uint16_t *)a->out + (m + i) * a->N + n), (__m256i)h);
     }
 }
 
@@ -395,40 +394,34 @@ static void linear_tiles(const void *args, long task) {
 }
 #endif
 
-// packed: null, or room for (M rounded up to 16) * K elements: then AMX is used (bf16, N >= 32, K a multiple of 32).
-static void linear(const void *x, const void *w, const void *bias, void *out, void *packed, long M, long N, long K,
-                  long ldx, int dtype, int threads) {
-    struct linear a = {x, w, bias, out, packed, M, N, K, ldx, N, dtype};
-    if (N * K * MAX(M, 8) < SMALL) threads = 1;
+static void linear(const struct linear *a, int threads) {
+    if (a->N * a->K * MAX(a->M, 8) < SMALL) threads = 1;
 #ifdef HAVE_AMX
-    if (packed) {
-        each((M + 15) / 16, M * K < SMALL ? 1 : threads, linear_pack, &a);
-        each((N + 31) / 32, threads, linear_tiles, &a);
+    if (a->packed) {
+        each((a->M + 15) / 16, a->M * a->K < SMALL ? 1 : threads, linear_pack, a);
+        each((a->N + 31) / 32, threads, linear_tiles, a);
         return;
     }
 #endif
-    each((N + STRIPE - 1) / STRIPE, threads, linear_stripe, &a);
+    each((a->N + STRIPE - 1) / STRIPE, threads, linear_stripe, a);
 }
 
-#ifdef HAVE_AMX
 // Small inputs are packed on the stack: asking torch for memory costs as much as the packing.
-static __attribute__((noinline)) void linear_on_stack(const void *x, const void *w, const void *bias, void *out,
-                                                      long M, long N, long K, long ldx, int threads) {
+static __attribute__((noinline)) void linear_on_stack(struct linear a, int threads) {
     uint16_t packed[STACK_ELEMENTS] __attribute__((aligned(64)));
-    linear(x, w, bias, out, packed, M, N, K, ldx, BF16, threads);
+    a.packed = packed;
+    linear(&a, threads);
 }
-#endif
 
-// tiled: use AMX. packed may be null where (M rounded up to 16) * K is at most STACK_ELEMENTS.
+// Level AMX wants bf16, N >= 32, K a multiple of 32, and `packed` with room for (M rounded up to 16) * K elements; it
+// may be null where those are at most STACK_ELEMENTS.
 void drift_linear(const void *x, const void *w, const void *bias, void *out, void *packed, long M, long N, long K,
-                  long ldx, int dtype, int tiled, int threads) {
-#ifdef HAVE_AMX
-    if (tiled && !packed) {
-        linear_on_stack(x, w, bias, out, M, N, K, ldx, threads);
-        return;
-    }
-#endif
-    linear(x, w, bias, out, tiled ? packed : NULL, M, N, K, ldx, dtype, threads);
+                  long ldx, int dtype, int level, int threads) {
+    struct linear a = {x, w, bias, out, packed, M, N, K, ldx, dtype, level};
+    if (level == AMX && !packed)
+        linear_on_stack(a, threads);
+    else
+        linear(&a, threads);
 }
 
 // ------------------------------------------------------------------------------------------------------- attention
@@ -780,11 +773,13 @@ static int attend_fault(const struct attend *a, long max_query, long max_context
 int drift_attend(const void *q, const void *k_pages, const void *v_pages, void *out, const int32_t *starts,
                  const int32_t *contexts, const int32_t *table, long T, long B, long Hq, long Hk, long D, long ldq,
                  long max_pages, long num_pages, long page_tokens, long max_query, long max_context, long window,
-                 float scale, int dtype, int threads) {
+                 float scale, int dtype, int level, int threads) {
     void (*work)(const void *, long) = attend_rows;
     long rows = LANES, bad = INT64_MIN;
 #ifdef HAVE_AMX
     if (level == AMX && dtype == BF16) work = attend_tiles, rows = ROWS;
+#else
+    (void)level;
 #endif
     struct attend a = {q, k_pages, v_pages, out, starts, contexts, table, T, B, Hq, Hk, D, ldq, max_pages, num_pages,
                        page_tokens, (max_query * (Hq / Hk) + rows - 1) / rows, rows, window, scale, dtype, &bad};

@@ -26,7 +26,7 @@ from pathlib import Path
 from drift_kernels.openmp import gomp_parallel
 
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
-_LEVELS = ("portable vectors", "avx512_bf16", "amx_bf16")
+LEVELS = ("portable vectors", "avx512_bf16", "amx_bf16")
 _COMPILE_LIMIT_S = 120
 
 
@@ -40,34 +40,30 @@ class NativeLibrary:
 
     free: ctypes.CDLL
     held: ctypes.PyDLL
-    level: int  # 0 portable, 1 avx512_bf16, 2 amx_bf16
+    level: int  # index into LEVELS: the best that compiler and machine have
     threaded: bool
 
-    @property
-    def description(self) -> str:
-        return f"native C, {_LEVELS[self.level]}, {'' if self.threaded else 'not '}threaded"
 
-
-def load_native(highest_level: int = 2) -> NativeLibrary:
-    """Compile if need be, and load. `highest_level` keeps to lesser instructions, for tests.
+def load_native() -> NativeLibrary:
+    """Compile if need be, and load.
 
     Raises NativeUnavailable, with the reason, where there is no compiler or it fails.
     """
-    outcome = _load(highest_level)
+    outcome = _load()
     if isinstance(outcome, str):
         raise NativeUnavailable(outcome)
     return outcome
 
 
 @cache
-def _load(highest_level: int) -> NativeLibrary | str:
+def _load() -> NativeLibrary | str:
     try:
         compiler = _compiler()
         source = files("drift_kernels").joinpath("native.c").read_bytes()
-        arch = ("-march=native",) if platform.machine() in ("x86_64", "AMD64") else ("-mcpu=native",)
-        name = f"native-{_fingerprint(source, compiler, arch)}-{highest_level}.so"
+        arch = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+        name = f"native-{_fingerprint(source, compiler, arch)}.so"
         with _library_folder() as folder:
-            return _open(_built(folder, name, source, [*compiler, *_FLAGS, *arch]), highest_level)
+            return _open(_built(folder, name, source, [*compiler, *_FLAGS, arch]))
     except NativeUnavailable as why:
         return str(why)
     except OSError as error:
@@ -82,7 +78,7 @@ def _compiler() -> list[str]:
     return [path, *command[1:]]
 
 
-def _fingerprint(source: bytes, compiler: list[str], arch: tuple[str, ...]) -> str:
+def _fingerprint(source: bytes, compiler: list[str], arch: str) -> str:
     real = os.stat(compiler[0])
     parts = (compiler, _FLAGS, arch, real.st_size, real.st_mtime_ns, platform.machine(), _cpu_model())
     return hashlib.sha256(source + repr(parts).encode()).hexdigest()[:24]
@@ -156,7 +152,7 @@ def _compile(source: bytes, scratch: Path, command: list[str]) -> Path:
     return library
 
 
-def _open(path: Path, highest_level: int) -> NativeLibrary:
+def _open(path: Path) -> NativeLibrary:
     try:
         free, held = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
     except OSError as error:
@@ -164,15 +160,15 @@ def _open(path: Path, highest_level: int) -> NativeLibrary:
     for library in (free, held):
         _declare(library)
     team = gomp_parallel()
-    return NativeLibrary(free, held, int(free.drift_init(team, highest_level)), team is not None)
+    return NativeLibrary(free, held, int(free.drift_init(team)), team is not None)
 
 
 def _declare(library: ctypes.CDLL) -> None:
     pointer, long, int_, float_ = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     signatures = {
-        "drift_init": (int_, [pointer, int_]),
+        "drift_init": (int_, [pointer]),
         "drift_linear": (None, [pointer] * 5 + [long] * 4 + [int_] * 3),
-        "drift_attend": (int_, [pointer] * 7 + [long] * 12 + [float_] + [int_] * 2),
+        "drift_attend": (int_, [pointer] * 7 + [long] * 12 + [float_] + [int_] * 3),
         "drift_rms_norm": (None, [pointer] * 5 + [long] * 4 + [float_] + [int_] * 2),
         "drift_silu_and_mul": (None, [pointer] * 2 + [long] * 3 + [int_] * 2),
         "drift_rotary": (None, [pointer] * 6 + [long] * 8 + [int_] * 3),
