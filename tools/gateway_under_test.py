@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import uvloop
 from fake_engine import READY, FakeEngine
 
 from drift_core.frames import Ready
@@ -101,7 +102,8 @@ def run_with_gateway(body: Callable[[UnderTest], Awaitable[None]], **options: An
         async with gateway_running(**options) as under_test:
             await asyncio.wait_for(body(under_test), 4 * PATIENCE_S)
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
 
 
 def ready_in(directory: Path, **changes: Any) -> Ready:

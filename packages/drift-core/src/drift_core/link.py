@@ -17,7 +17,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from drift_core.frames import (
     AcceptedItem,
@@ -445,11 +445,11 @@ class _ClientProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        if self._client.connected(transport):
-            self._transport = transport
+        stream = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
+        if self._client.connected(stream):
+            self._transport = stream
         else:
-            transport.abort()
+            stream.abort()
 
     def data_received(self, data: bytes) -> None:
         try:

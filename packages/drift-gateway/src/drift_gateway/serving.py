@@ -168,15 +168,17 @@ class StartUpDisplay:
         console = self._console
         console.print(table)
         console.print(
-            f"[bold]{ready.model}[/] on {ready.device}: {ready.units} units, {ready.num_layers} layers, "
-            f"{ready.dtype}; dispatch {ready.dispatch}, partition {ready.partition}",
+            f"[bold]{ready.model}[/], {ready.num_layers} layers, {ready.dtype}, on {ready.device}; "
+            f"dispatch {ready.dispatch}, partition {ready.partition}",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(
             f"KV pool: {ready.kv_pages} pages of {ready.page_tokens} tokens = {ready.kv_tokens} tokens: "
             f"{ready.kv_tokens // ready.max_context} requests of the full context ({ready.max_context}) at once, "
             f"{ready.max_running} at most",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(f"[bold green]serving on {address}[/]; try:", highlight=False)
         console.print(f"  {client_line(address)}", highlight=False, soft_wrap=True, markup=False)
@@ -186,5 +188,5 @@ def client_line(address: Address) -> str:
     """A command that sends one request there."""
     return (
         'python -c "from drift_gateway.client import DriftClient; '
-        f"print(DriftClient('{address}').generate('A list is', max_tokens=40).complete().text)\""
+        f"print(DriftClient('{address}').generate('A list is', max_tokens=40, temperature=0.0).complete().text)\""
     )

@@ -1,0 +1,254 @@
+"""`drift serve` at the command line: bad input is one line and exit code 2, before anything is started."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from drift_gateway import cli, serving
+from drift_gateway.server import Address, check_address, parse_address
+from drift_scheduler.errors import DriftError
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[serving.ServeOptions]:
+    """What `serve` would have been started with; nothing is."""
+    options: list[serving.ServeOptions] = []
+
+    def remember(given: serving.ServeOptions, console: Any) -> int:
+        options.append(given)
+        return 0
+
+    monkeypatch.setattr(serving, "serve", remember)
+    return options
+
+
+def serve(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.serve, arguments)
+    return result.exit_code, result.output
+
+
+def test_the_defaults(asked: list[serving.ServeOptions]) -> None:
+    assert serve() == (0, "")
+    (options,) = asked
+    assert options.address == Address("127.0.0.1", 50051)
+    assert not options.insecure_bind
+    engine = options.engine
+    assert (engine.model, engine.device, engine.dispatch, engine.partition) == (
+        "demo",
+        "auto",
+        "gang",
+        "tightest-decode",
+    )
+    assert (engine.slo_ttft, engine.slo_tbt, engine.kv_memory_bytes, engine.profile) == (
+        2.0,
+        0.1,
+        None,
+        "short",
+    )
+
+
+def test_flags_reach_the_engine(asked: list[serving.ServeOptions]) -> None:
+    flags = (
+        "--model /m --device cpu --dtype float32 --listen [::1]:7 --dispatch chunked-prefill:token_budget=64"
+    )
+    flags += (
+        " --partition static:decode_units=1 --slo-ttft 0.5 --slo-tbt 0.02 --kv-memory 1.5GiB --max-running 8"
+    )
+    flags += " --cores 2 --profile none --grace 3 --max-in-flight 9"
+    assert serve(*flags.split()) == (0, "")
+    (options,) = asked
+    assert (options.address, options.grace, options.max_in_flight) == (Address("::1", 7), 3.0, 9)
+    engine = options.engine
+    assert (engine.model, engine.device, engine.dtype, engine.cores) == ("/m", "cpu", "float32", 2)
+    assert (engine.dispatch, engine.dispatch_options) == ("chunked-prefill", {"token_budget": 64})
+    assert (engine.partition, engine.partition_options) == ("static", {"decode_units": 1})
+    assert (engine.slo_ttft, engine.slo_tbt, engine.kv_memory_bytes) == (0.5, 0.02, 3 * 2**29)
+    assert (engine.max_running, engine.profile) == (8, "none")
+
+
+def test_the_configuration_file_gives_defaults_and_flags_win(
+    asked: list[serving.ServeOptions], tmp_path: Path
+) -> None:
+    config = tmp_path / "drift.toml"
+    config.write_text(
+        'model = "/m"\nslo-tbt = 0.25\nkv-memory = "64MB"\nmax-running = 5\ninsecure-bind = true\n'
+        'partition = "static:decode_units=3"\n[dispatch]\nname = "chunked-prefill"\ntoken_budget = 32\n'
+    )
+    assert serve("--config", str(config), "--max-running", "6") == (0, "")
+    (options,) = asked
+    engine = options.engine
+    assert options.insecure_bind
+    assert (engine.model, engine.slo_tbt, engine.kv_memory_bytes, engine.max_running) == (
+        "/m",
+        0.25,
+        64_000_000,
+        6,
+    )
+    assert (engine.dispatch, engine.dispatch_options) == ("chunked-prefill", {"token_budget": 32})
+    assert (engine.partition, engine.partition_options) == ("static", {"decode_units": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("modle = 1", "no option 'modle'; there are: .*model"),
+        ("slo-ttft = 'soon'", "'soon' is not a valid float"),
+        ("slo-ttft = ", "is not TOML"),
+        ("[dispatch]\ntoken_budget = 3", "needs its name"),
+    ],
+)
+def test_a_wrong_configuration_file(
+    asked: list[serving.ServeOptions], tmp_path: Path, text: str, complaint: str
+) -> None:
+    config = tmp_path / "drift.toml"
+    config.write_text(text)
+    status, output = serve("--config", str(config))
+    assert status == 2
+
+    assert re.search(complaint, " ".join(output.split())), output
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--config /no/such.toml", "cannot read /no/such.toml"),
+        ("--listen 50051", "'50051' is no address to listen on; give HOST:PORT"),
+        ("--listen 127.0.0.1:70000", "is no address"),
+        ("--listen ::1:70", "is no address"),
+        ("--kv-memory much", "'much' is no size"),
+        ("--max-running 0", "--max-running"),
+        ("--slo-tbt -1", "slo_tbt"),
+        ("--slo-ttft nan", "slo_ttft"),
+        ("--dispatch gang:fast", "NAME:option=value"),
+        ("--no-such-flag", "--no-such-flag"),
+    ],
+)
+def test_wrong_flags_are_named(asked: list[serving.ServeOptions], flags: str, complaint: str) -> None:
+    status, output = serve(*flags.split())
+    assert status == 2
+    assert complaint in output
+    assert "Traceback" not in output
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:0", Address("127.0.0.1", 0)), ("localhost:50051", Address("localhost", 50051)), ("[::1]:80", Address("::1", 80))],
+)  # fmt: skip
+def test_addresses(text: str, address: Address) -> None:
+    assert parse_address(text) == address
+    assert str(address) == text
+
+
+def test_addresses_that_others_reach_need_a_flag() -> None:
+    with pytest.raises(DriftError, match="neither TLS nor authentication.*--insecure-bind"):
+        check_address(Address("0.0.0.0", 0), insecure_bind=False)
+    check_address(Address("0.0.0.0", 0), insecure_bind=True)
+    check_address(Address("localhost", 0), insecure_bind=False)
+
+
+def test_addresses_nobody_has() -> None:
+    with pytest.raises(DriftError, match=r"cannot listen on no\.such\.host\.invalid:1"):
+        check_address(Address("no.such.host.invalid", 1), insecure_bind=False)
+    with pytest.raises(DriftError, match=r"cannot listen on 203\.0\.113\.7:0"):
+        check_address(Address("203.0.113.7", 0), insecure_bind=True)
+
+
+@contextmanager
+def server(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`drift serve` in a process of its own, killed at the end if it is still there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "drift_gateway", "serve", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2_before_any_engine_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with server("--listen", f"127.0.0.1:{port}") as process:
+            output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = output.strip().splitlines()
+    assert (
+        line == f"Error: port {port} on 127.0.0.1 is in use; stop what listens there or give another --listen"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--dispatch", "fastest"], "fastest"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_what_the_engine_refuses_is_one_line_and_exit_code_2(flags: list[str], complaint: str) -> None:
+    with server("--listen", "127.0.0.1:0", *flags) as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert complaint in output.strip().splitlines()[-1]
+    assert "Traceback" not in output
+    assert "serving on" not in output
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(status.parent.name))
+    return found
+
+
+def _gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_however_the_server_ends_no_engine_is_left(how: signal.Signals) -> None:
+    with server("--listen", "127.0.0.1:0", "--profile", "none") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("serving on 127.0.0.1:"):
+                break
+        else:
+            pytest.fail("it never served")
+        (engine,) = _children(process.pid)
+        os.kill(process.pid, how)
+        process.communicate(timeout=60)
+        assert process.returncode == (0 if how is not signal.SIGKILL else -signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while not _gone(engine):
+            assert time.monotonic() < deadline, "the engine outlived its gateway"
+            time.sleep(0.05)
