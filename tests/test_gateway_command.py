@@ -134,6 +134,9 @@ def test_a_wrong_configuration_file(
         ("--slo-tbt -1", "slo_tbt"),
         ("--slo-ttft nan", "slo_ttft"),
         ("--dispatch gang:fast", "NAME:option=value"),
+        ("--dispatch fastest", "no dispatch policy 'fastest'"),
+        ("--dispatch gang:speed=9", "'gang'"),
+        ("--partition half", "no partition policy 'half'"),
         ("--no-such-flag", "--no-such-flag"),
     ],
 )
@@ -147,15 +150,19 @@ def test_wrong_flags_are_named(asked: list[serving.ServeOptions], flags: str, co
 
 @pytest.mark.parametrize(
     ("text", "address"),
-    [("127.0.0.1:0", Address("127.0.0.1", 0)), ("localhost:50051", Address("localhost", 50051)), ("[::1]:80", Address("::1", 80))],
-)  # fmt: skip
+    [
+        ("127.0.0.1:0", Address("127.0.0.1", 0)),
+        ("localhost:50051", Address("localhost", 50051)),
+        ("[::1]:80", Address("::1", 80)),
+    ],
+)
 def test_addresses(text: str, address: Address) -> None:
     assert parse_address(text) == address
     assert str(address) == text
 
 
 def test_addresses_that_others_reach_need_a_flag() -> None:
-    with pytest.raises(DriftError, match="neither TLS nor authentication.*--insecure-bind"):
+    with pytest.raises(DriftError, match=r"neither TLS nor authentication.*--insecure-bind"):
         check_address(Address("0.0.0.0", 0), insecure_bind=False)
     check_address(Address("0.0.0.0", 0), insecure_bind=True)
     check_address(Address("localhost", 0), insecure_bind=False)
@@ -202,7 +209,6 @@ def test_a_port_in_use_is_one_line_and_exit_code_2_before_any_engine_starts() ->
     ("flags", "complaint"),
     [
         (["--model", "/no/such/model"], "/no/such/model"),
-        (["--dispatch", "fastest"], "fastest"),
         (["--device", "abacus"], "abacus"),
     ],
 )
@@ -213,6 +219,12 @@ def test_what_the_engine_refuses_is_one_line_and_exit_code_2(flags: list[str], c
     assert complaint in output.strip().splitlines()[-1]
     assert "Traceback" not in output
     assert "serving on" not in output
+
+
+def test_a_gateway_process_never_loads_torch() -> None:
+    check = "import sys, drift_gateway.serving, drift_gateway.cli; from drift_scheduler import plugins; plugins.load()"
+    check += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
 
 
 def _children(pid: int) -> list[int]:

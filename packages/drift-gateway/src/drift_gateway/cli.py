@@ -17,7 +17,10 @@ import click
 
 from drift_scheduler.errors import DriftError
 
-if TYPE_CHECKING:  # older releases of click have no type parameters here
+if TYPE_CHECKING:
+    from drift_core.engine import EngineConfig
+
+    # Older releases of click have no type parameters here.
     _SizeType = click.ParamType[int]
     _ChoiceType = click.ParamType[tuple[str, dict[str, Any]]]
 else:
@@ -210,8 +213,18 @@ def serve(
         cost=cost[0],
         cost_options=cost[1],
     )
+    _check_policies(config)
     options = serving.ServeOptions(config, parse_address(listen), insecure_bind, max_in_flight, grace)
     return serving.serve(options, Console(stderr=True))
+
+
+def _check_policies(config: EngineConfig) -> None:
+    """Unknown policies and wrong options are said before anything is started. Raises DriftError."""
+    from drift_scheduler import plugins
+
+    registry = plugins.load(strict=False)  # the engine names the plugins that cannot be loaded
+    registry.create("dispatch policy", config.dispatch, **config.dispatch_options)
+    registry.create("partition policy", config.partition, **config.partition_options)
 
 
 @click.command()
