@@ -301,7 +301,10 @@ class _Pending:
         self._stop_ids = stop_ids
         self._text: list[str] = []
         self._detokenizer = IncrementalDetokenizer(
-            tokenizer, params.stop_strings, include_stop=params.include_stop_str_in_output
+            tokenizer,
+            params.stop_strings,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
         )
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0
@@ -309,7 +312,7 @@ class _Pending:
     def push(self, token: int, logprob: TokenLogprob | None) -> bool:
         """Take a token; `True` when it completed a stop string."""
         output = self.output
-        if self._detokenizer.stopped is not None:
+        if output.stop_reason is not None:
             return False
         output.token_ids.append(token)
         if output.logprobs is not None and output.cumulative_logprob is not None and logprob is not None:
@@ -319,10 +322,8 @@ class _Pending:
             output.stop_reason = None if token not in (self._params.stop_token_ids or ()) else token
             return False  # the engine ends it; its text is no part of the output
         self._text.append(self._detokenizer.push([token]))
-        if self._detokenizer.stopped is not None:
-            output.stop_reason = self._detokenizer.stopped
-            return True
-        return False
+        output.stop_reason = self._detokenizer.stopped
+        return output.stop_reason is not None
 
     def end(self, finished: Finished) -> None:
         """The request ended."""
@@ -330,8 +331,10 @@ class _Pending:
         self._text.append(self._detokenizer.finish())
         output.text = "".join(self._text)
         output.finish_reason = finished.reason.value
+        # A stop string may be complete only now, and the engine may have ended for another reason meanwhile.
         if self._detokenizer.stopped is not None:
             output.finish_reason = FinishReason.STOP.value
+            output.stop_reason = self._detokenizer.stopped
         output.message = finished.message
         output.metrics = finished.timing
 
@@ -346,7 +349,7 @@ def _as_list(prompts: Prompts) -> list[str | Sequence[int]]:
     if all(isinstance(item, int) for item in items):
         return [items]
     for item in items:
-        if not isinstance(item, str | Sequence):
+        if not isinstance(item, str | list | tuple):
             raise DriftError(f"a prompt is a text or a list of token ids, not {type(item).__name__}")
     return items
 
