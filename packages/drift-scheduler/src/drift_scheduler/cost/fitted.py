@@ -158,13 +158,11 @@ class FittedCost:
             worst_prefill if prefill is None else prefill, worst_decode if decode is None else decode
         )
         for row in rows:
-            guard.record(
-                PrefillShape(1, row.new, row.reused, row.new**2, row.new * row.reused),
-                DecodeShape(row.batch, row.context_tokens),
-                Partition(row.prefill_units, row.decode_units),
-                prefill_ratio=row.prefill_factor,
-                decode_ratio=row.decode_factor,
-            )
+            prefill_shape = PrefillShape(1, row.new, row.reused, row.new**2, row.new * row.reused)
+            decode_shape = DecodeShape(row.batch, row.context_tokens)
+            partition = Partition(row.prefill_units, row.decode_units)
+            guard.record_prefill(row.prefill_factor, prefill_shape, decode_shape, partition)
+            guard.record_decode(row.decode_factor, prefill_shape, decode_shape, partition)
         return guard
 
 

@@ -6,103 +6,102 @@ cell keeps the largest slowdown seen there. Knows nothing of solo times; cost mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
 from drift_scheduler.protocols import CostModel
 
 Cell = tuple[int, int, int, int, int]
+"""Exponents of powers of two of (new, reused, batch, context), -1 for any, and the decode units of the split."""
 
 SETTLED = 16
-"""Observations of a lane after which a cell's own worst case replaces the prior it started from."""
+"""Observations after which a cell's own worst case replaces the prior it started from."""
 
 CEILING = 4.0
 """Largest ratio recorded: beyond it something else (a page fault, a debugger) slowed the lane down."""
 
 
-@dataclass(slots=True)
-class _Worst:
-    prefill: float = 1.0
-    decode: float = 1.0
-    prefill_seen: int = 0
-    decode_seen: int = 0
+class _Grid:
+    """Worst ratio by cell for one lane."""
+
+    def __init__(self, prior: float) -> None:
+        self.prior = prior
+        self.answers: dict[Cell, float] = {}
+        self._seen: dict[Cell, tuple[float, int]] = {}
+
+    def record(self, cell: Cell, ratio: float) -> None:
+        worst, count = self._seen.get(cell, (1.0, 0))
+        worst, count = max(worst, min(CEILING, ratio)), count + 1
+        self._seen[cell] = (worst, count)
+        self.answers[cell] = worst if count >= SETTLED else max(self.prior, worst)
 
 
 class ContentionGuard:
-    """Worst slowdown factors (prefill, decode) by cell; the prior counts until a cell has seen enough."""
+    """Worst slowdown factors (prefill, decode) by cell; the prior counts until a cell has seen enough.
+
+    What ran beside is not always known; such observations count in the cell "beside anything", which answers where
+    no exact cell does.
+    """
 
     def __init__(self, prior_prefill: float = 1.2, prior_decode: float = 1.2) -> None:
         if not (1.0 <= prior_prefill <= 100.0 and 1.0 <= prior_decode <= 100.0):
             raise ValueError(
                 f"slowdown factors are between 1 and 100, not {prior_prefill} and {prior_decode}"
             )
-        self.prior = (prior_prefill, prior_decode)
-        self._cells: dict[Cell, _Worst] = {}
-        self._answers: dict[Cell, tuple[float, float]] = {}
+        self._prefill = _Grid(prior_prefill)
+        self._decode = _Grid(prior_decode)
 
     def worst(self, prefill: PrefillShape, decode: DecodeShape, partition: Partition) -> tuple[float, float]:
         """Factors (prefill, decode), each at least 1."""
-        return self._answers.get(
-            (
-                prefill.new_tokens.bit_length(),
-                prefill.reused_tokens.bit_length(),
-                decode.batch.bit_length(),
-                decode.context_tokens.bit_length(),
-                partition.decode,
-            ),
-            self.prior,
-        )
+        new, reused = prefill.new_tokens.bit_length(), prefill.reused_tokens.bit_length()
+        batch, context = decode.batch.bit_length(), decode.context_tokens.bit_length()
+        units = partition.decode
+        exact = (new, reused, batch, context, units)
+        of_prefill, of_decode = self._prefill.answers, self._decode.answers
+        slow_prefill = of_prefill.get(exact) or of_prefill.get((new, reused, -1, -1, units))
+        slow_decode = of_decode.get(exact) or of_decode.get((-1, -1, batch, context, units))
+        return slow_prefill or self._prefill.prior, slow_decode or self._decode.prior
 
-    def record(
-        self,
-        prefill: PrefillShape,
-        decode: DecodeShape,
-        partition: Partition,
-        *,
-        prefill_ratio: float | None = None,
-        decode_ratio: float | None = None,
+    def record_prefill(
+        self, ratio: float, prefill: PrefillShape, decode: DecodeShape | None, partition: Partition
     ) -> None:
-        """Learn measured seconds / solo seconds of one lane, or both, that ran beside the other."""
-        cell = _cell(prefill, decode, partition)
-        seen = self._cells.get(cell)
-        if seen is None:
-            seen = self._cells[cell] = _Worst()
-        if prefill_ratio is not None:
-            seen.prefill = max(seen.prefill, min(CEILING, prefill_ratio))
-            seen.prefill_seen += 1
-        if decode_ratio is not None:
-            seen.decode = max(seen.decode, min(CEILING, decode_ratio))
-            seen.decode_seen += 1
-        self._answers[cell] = (
-            seen.prefill if seen.prefill_seen >= SETTLED else max(self.prior[0], seen.prefill),
-            seen.decode if seen.decode_seen >= SETTLED else max(self.prior[1], seen.decode),
-        )
+        """Measured / solo seconds of a prefill that ran beside `decode` (`None`: not known)."""
+        self._prefill.record(_cell(prefill, None, partition), ratio)
+        if decode is not None:
+            self._prefill.record(_cell(prefill, decode, partition), ratio)
 
-    def cells(self) -> Iterator[tuple[Cell, tuple[float, float]]]:
-        """Every cell with observations, and its factors; a cell's sizes are powers of two (exponents)."""
-        return iter(self._answers.items())
+    def record_decode(
+        self, ratio: float, prefill: PrefillShape | None, decode: DecodeShape, partition: Partition
+    ) -> None:
+        """Measured / solo seconds of a decode step that ran beside `prefill` (`None`: not known)."""
+        self._decode.record(_cell(None, decode, partition), ratio)
+        if prefill is not None:
+            self._decode.record(_cell(prefill, decode, partition), ratio)
+
+    def cells(self) -> Mapping[str, Mapping[Cell, float]]:
+        """Every cell with observations and its factor, per lane."""
+        return {"prefill": dict(self._prefill.answers), "decode": dict(self._decode.answers)}
+
+
+def _cell(prefill: PrefillShape | None, decode: DecodeShape | None, partition: Partition) -> Cell:
+    return (
+        -1 if prefill is None else prefill.new_tokens.bit_length(),
+        -1 if prefill is None else prefill.reused_tokens.bit_length(),
+        -1 if decode is None else decode.batch.bit_length(),
+        -1 if decode is None else decode.context_tokens.bit_length(),
+        partition.decode,
+    )
 
 
 def refine(guard: ContentionGuard, model: CostModel, seen: Observation, num_layers: int) -> None:
     """Record an overlapped spatial observation in the guard, against the model's own solo time."""
-    if not seen.overlapped or seen.sharing is not Sharing.SPATIAL:
+    if not seen.overlapped or seen.sharing is not Sharing.SPATIAL or seen.measured <= 0:
         return
-    if seen.prefill is None or seen.decode is None or seen.measured <= 0:
-        return
-    if seen.lane is Lane.DECODE:
+    if seen.lane is Lane.DECODE and seen.decode is not None:
         solo = model.decode(seen.decode, seen.partition.decode)
-        guard.record(seen.prefill, seen.decode, seen.partition, decode_ratio=seen.measured / solo)
-    else:
+        if solo > 0:
+            guard.record_decode(seen.measured / solo, seen.prefill, seen.decode, seen.partition)
+    elif seen.lane is Lane.PREFILL and seen.prefill is not None:
         solo = model.prefill(seen.prefill, seen.partition.prefill) * seen.layers / num_layers
-        guard.record(seen.prefill, seen.decode, seen.partition, prefill_ratio=seen.measured / solo)
-
-
-def _cell(prefill: PrefillShape, decode: DecodeShape, partition: Partition) -> Cell:
-    return (
-        prefill.new_tokens.bit_length(),
-        prefill.reused_tokens.bit_length(),
-        decode.batch.bit_length(),
-        decode.context_tokens.bit_length(),
-        partition.decode,
-    )
+        if solo > 0:
+            guard.record_prefill(seen.measured / solo, seen.prefill, seen.decode, seen.partition)

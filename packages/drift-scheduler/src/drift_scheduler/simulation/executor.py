@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from drift_scheduler.domain import (
     DecodeDone,
-    DecodeShape,
     DecodeStep,
     Device,
     Event,
@@ -27,7 +26,6 @@ from drift_scheduler.domain import (
     Partition,
     PrefillBlock,
     PrefillDone,
-    PrefillShape,
     Request,
     RequestArrived,
     Sharing,
@@ -201,12 +199,16 @@ class SimulatedExecutor:
     # ------------------------------------------------------------------------------------------- time
 
     def _next_time(self) -> float | None:
-        times = [work.end for work in (self._prefill, self._decode) if work is not None]
-        if self._next_request is not None:
-            times.append(self._next_request.arrival)
-        if self._next_interruption is not None:
-            times.append(self._next_interruption[0])
-        return min(times, default=None)
+        due: float | None = None
+        if self._decode is not None:
+            due = self._decode.end
+        if self._prefill is not None and (due is None or self._prefill.end < due):
+            due = self._prefill.end
+        if self._next_request is not None and (due is None or self._next_request.arrival < due):
+            due = self._next_request.arrival
+        if self._next_interruption is not None and (due is None or self._next_interruption[0] < due):
+            due = self._next_interruption[0]
+        return due
 
     def _advance(self, now: float) -> None:
         elapsed = now - self._now
@@ -218,22 +220,23 @@ class SimulatedExecutor:
     def _contend(self) -> None:
         """Set both lanes' rates for who runs now; called whenever a lane starts or ends."""
         prefill, decode = self._prefill, self._decode
-        factors = (1.0, 1.0)
-        if prefill is not None and decode is not None and prefill.gang.sharing is Sharing.SPATIAL:
-            assert isinstance(prefill.work, PrefillBlock)
-            assert isinstance(decode.work, DecodeStep)
-            factors = self._slowdown(prefill.work.shape(), decode.work.shape(), decode.gang.partition)
-        for work, factor in ((prefill, factors[0]), (decode, factors[1])):
-            if work is not None:
-                work.rate = 1.0 / factor
-                work.end = self._now + max(0.0, work.left) * factor
+        if prefill is None or decode is None or prefill.gang.sharing is not Sharing.SPATIAL:
+            for work in (prefill, decode):
+                if work is not None and work.rate != 1.0:
+                    self._set_rate(work, 1.0)
+            return
+        block, step, partition = prefill.work, decode.work, decode.gang.partition
+        assert isinstance(block, PrefillBlock)
+        assert isinstance(step, DecodeStep)
+        slow_prefill, slow_decode = self._truth.slowdown(block.shape(), step.shape(), partition)
+        assert slow_prefill >= 1.0, f"prefill slowdown {slow_prefill} below 1 on {partition}"
+        assert slow_decode >= 1.0, f"decode slowdown {slow_decode} below 1 on {partition}"
+        self._set_rate(prefill, slow_prefill)
+        self._set_rate(decode, slow_decode)
 
-    def _slowdown(
-        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
-    ) -> tuple[float, float]:
-        factors = self._truth.slowdown(prefill, decode, partition)
-        assert min(factors) >= 1.0, f"slowdown factors {factors} below 1 on {partition}"
-        return factors
+    def _set_rate(self, work: _Work, factor: float) -> None:
+        work.rate = 1.0 / factor
+        work.end = self._now + max(0.0, work.left) * factor
 
     def _events_now(self) -> list[Event]:
         """Everything due at this instant: decode, prefill, interruptions, arrivals."""
@@ -294,9 +297,10 @@ class SimulatedExecutor:
             "prefill for a busy prefill lane"
         )
         assert gang.decode is None or self._decode is None, "decode for a busy decode lane"
-        assert self._units_in_use(gang) <= self._device.total_units, (
+        units = self._units_in_use(gang)
+        assert units <= self._device.total_units, (
             f"{gang.sharing.value} gang on {gang.partition} with {self._busy()} running needs "
-            f"{self._units_in_use(gang)} units of {self._device.total_units}"
+            f"{units} units of {self._device.total_units}"
         )
         if self._prefill is not None or self._decode is not None:
             assert gang.partition == self._partition or self._device.repartition_while_busy, (
@@ -307,16 +311,23 @@ class SimulatedExecutor:
 
     def _units_in_use(self, gang: Gang) -> int:
         """Units that would be busy at once; a temporal or fused gang, and each half of it, takes them all."""
-        lanes = [(w.gang, isinstance(w.work, PrefillBlock)) for w in (self._prefill, self._decode) if w]
+        units = 0
+        if self._prefill is not None:
+            units += self._lane_units(self._prefill.gang, Lane.PREFILL)
+        if self._decode is not None:
+            units += self._lane_units(self._decode.gang, Lane.DECODE)
         if gang.sharing in (Sharing.TEMPORAL, Sharing.FUSED):
-            return self._device.total_units * (1 + len(lanes))
-        lanes += [(gang, True)] * (gang.prefill is not None) + [(gang, False)] * (gang.decode is not None)
-        return sum(self._lane_units(owner, prefill) for owner, prefill in lanes)
+            return units + self._device.total_units
+        if gang.prefill is not None:
+            units += self._lane_units(gang, Lane.PREFILL)
+        if gang.decode is not None:
+            units += self._lane_units(gang, Lane.DECODE)
+        return units
 
-    def _lane_units(self, gang: Gang, prefill: bool) -> int:
+    def _lane_units(self, gang: Gang, lane: Lane) -> int:
         if gang.sharing is not Sharing.SPATIAL:
             return self._device.total_units
-        units = gang.partition.prefill if prefill else gang.partition.decode
+        units = gang.partition.prefill if lane is Lane.PREFILL else gang.partition.decode
         assert units > 0, f"work for a lane without units on {gang.partition}"
         return units
 
@@ -395,10 +406,11 @@ class _Lengths:
         due = self._due.pop(self._step, None)
         if due is None:
             return ()
-        stopped = [request_id for request_id in due if self._stops.get(request_id) == self._step]
+        # Who left keeps an old entry here, and has a second one after coming back with the same step to go.
+        stopped = dict.fromkeys(i for i in due if self._stops.get(i) == self._step)
         for request_id in stopped:
             del self._stops[request_id]
-        return tuple(dict.fromkeys(stopped))
+        return tuple(stopped)
 
     def _change_members(self, request_ids: tuple[str, ...]) -> None:
         before, after = set(self._members), set(request_ids)

@@ -32,6 +32,9 @@ MAX_OUTPUT = 4096
 BLOCK_SIZES = (512, 64, 16, 32, 128, 256, 1024)
 """Tokens per prefix id that are tried, in this order, where neither trace nor caller says."""
 
+SHARED_BLOCK = 16
+"""Tokens per key of a `shared_prefix_tokens` prefix: a page."""
+
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=100_000_000)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
@@ -45,6 +48,7 @@ class _Ours(msgspec.Struct, frozen=True):
     output_tokens: Tokens
     prefix_block_hashes: tuple[int | str, ...] = ()
     block_tokens: Tokens | None = None
+    shared_prefix_tokens: Count = 0
     session: int | str | None = None
     turn: Count = 0
     think_ms: Milliseconds | None = None
@@ -246,14 +250,21 @@ def _decode(decoder: msgspec.json.Decoder[Line], path: str | Path, number: int, 
 
 def _from_ours(path: str | Path, number: int, line: str) -> Record:
     row = _decode(_OURS, path, number, line)
+    session = None if row.session is None else str(row.session)
+    blocks, size = row.prefix_block_hashes, row.block_tokens
+    if (
+        row.shared_prefix_tokens and session is not None and not blocks
+    ):  # a document that a session asks about
+        size = size or SHARED_BLOCK
+        blocks = tuple(f"{session}/{i}" for i in range(row.shared_prefix_tokens // size))
     return Record(
         number,
         row.arrival_ms / 1e3,
         row.input_tokens,
         row.output_tokens,
-        row.prefix_block_hashes,
-        row.block_tokens,
-        None if row.session is None else str(row.session),
+        blocks,
+        size,
+        session,
         row.turn,
         None if row.think_ms is None else row.think_ms / 1e3,
     )
