@@ -49,15 +49,20 @@ class Batch:
 class _DecodeRows:
     """Arrays with one row per decoding request, kept from step to step."""
 
-    __slots__ = ("context", "ids", "last", "row_of", "states", "table")
+    __slots__ = ("context", "ids", "index", "last", "row_of", "starts", "states", "table")
 
-    def __init__(self) -> None:
-        self.ids: tuple[str, ...] = ()
-        self.row_of: dict[str, int] = {}
-        self.last: Int64Array = np.empty(0, np.int64)  # the token whose KV this step writes
-        self.context: Int64Array = np.empty(0, np.int64)  # positions once it has been written
-        self.table: Int32Array = np.empty((0, 8), np.int32)
-        self.states: list[SequenceState] = []
+    def __init__(
+        self, ids: tuple[str, ...] = (), states: Sequence[SequenceState] = (), pages: int = 8
+    ) -> None:
+        count = len(ids)
+        self.ids = ids
+        self.row_of = {request_id: row for row, request_id in enumerate(ids)}
+        self.states = list(states)
+        self.last: Int64Array = np.empty(count, np.int64)  # the token whose KV this step writes
+        self.context: Int64Array = np.empty(count, np.int64)  # positions once it has been written
+        self.table: Int32Array = np.zeros((count, pages), np.int32)
+        self.index: Int64Array = np.arange(count)
+        self.starts = torch.arange(count + 1, dtype=torch.int32)
 
 
 class BatchBuilder:
@@ -93,8 +98,8 @@ class BatchBuilder:
         rows = self._advance(request_ids)
         return Batch(
             torch.from_numpy(rows.last.copy()),
-            self._attention(np.ones(len(request_ids), np.int64), rows.context, rows.table),
-            np.arange(len(request_ids)),
+            self._decode_inputs(rows),
+            rows.index,
             request_ids,
             rows.states,
         )
@@ -129,21 +134,36 @@ class BatchBuilder:
         rows = self._rows
         rows.context += 1
         position = rows.context - 1
-        for row in np.flatnonzero(position % self._kv.page_tokens == 0):
-            self._read_pages(rows, int(row))
+        for row in np.flatnonzero(position % self._kv.page_tokens == 0).tolist():
+            self._read_pages(rows, row)
         return rows
+
+    def _decode_inputs(self, rows: _DecodeRows) -> AttentionInputs:
+        """What `AttentionInputs.build` makes of one row each, without its checks: half the time of a step."""
+        page_tokens, config = self._kv.page_tokens, self._decoder.config
+        positions = rows.context - 1
+        pages = positions // page_tokens
+        longest = int(rows.context.max())
+        slots = rows.table[rows.index, pages] * page_tokens + positions - pages * page_tokens
+        return AttentionInputs(
+            query_starts=rows.starts,
+            context_lens=torch.from_numpy(rows.context.astype(np.int32)),
+            page_table=torch.from_numpy(rows.table[:, : -(-longest // page_tokens)].copy()),
+            slots=torch.from_numpy(slots),
+            positions=torch.from_numpy(positions),
+            max_query=1,
+            max_context=longest,
+            scale=config.scale,
+            window=config.sliding_window,
+        )
 
     def _regroup(self, request_ids: tuple[str, ...]) -> _DecodeRows:
         """Keep the rows of requests that stay, read those of requests that join."""
-        old, new = self._rows, _DecodeRows()
-        count = len(request_ids)
-        new.ids = request_ids
-        new.row_of = {request_id: row for row, request_id in enumerate(request_ids)}
-        new.states = [self._sequences[request_id] for request_id in request_ids]
+        old = self._rows
+        states = [self._sequences[request_id] for request_id in request_ids]
+        new = _DecodeRows(request_ids, states, old.table.shape[1])
         source = np.array([old.row_of.get(request_id, -1) for request_id in request_ids], np.int64)
         kept = source >= 0
-        new.last, new.context = np.empty(count, np.int64), np.empty(count, np.int64)
-        new.table = np.zeros((count, old.table.shape[1]), np.int32)
         new.last[kept] = old.last[source[kept]]
         new.context[kept] = old.context[source[kept]]
         new.table[kept] = old.table[source[kept]]
