@@ -7,7 +7,7 @@ seconds on whatever clock the executor keeps, all sizes are tokens, pages or uni
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -144,7 +144,7 @@ class PrefillChunk:
         return self.stop - self.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PrefillBlock:
     """A token range x layer range `[layer_start, layer_stop)` of one prefill batch.
 
@@ -157,6 +157,7 @@ class PrefillBlock:
     chunks: tuple[PrefillChunk, ...]
     layer_start: int
     layer_stop: int
+    _shape: PrefillShape | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def layers(self) -> int:
@@ -164,28 +165,29 @@ class PrefillBlock:
         return self.layer_stop - self.layer_start
 
     def shape(self) -> PrefillShape:
-        """Token sums of the block, for cost models."""
-        return self._shape
+        """Token sums of the block, for cost models; worked out once."""
+        shape = self._shape
+        if shape is None:
+            shape = PrefillShape.of([(c.stop - c.start, c.start) for c in self.chunks])
+            object.__setattr__(self, "_shape", shape)
+        return shape
 
-    @cached_property
-    def _shape(self) -> PrefillShape:
-        return PrefillShape.of([(c.stop - c.start, c.start) for c in self.chunks])
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DecodeStep:
     """One token for each listed request. `context_tokens`: KV positions read in all, this step's included."""
 
     request_ids: tuple[str, ...]
     context_tokens: int
+    _shape: DecodeShape | None = field(default=None, init=False, repr=False, compare=False)
 
     def shape(self) -> DecodeShape:
-        """Sums of the step, for cost models."""
-        return self._shape
-
-    @cached_property
-    def _shape(self) -> DecodeShape:
-        return DecodeShape(len(self.request_ids), self.context_tokens)
+        """Sums of the step, for cost models; worked out once."""
+        shape = self._shape
+        if shape is None:
+            shape = DecodeShape(len(self.request_ids), self.context_tokens)
+            object.__setattr__(self, "_shape", shape)
+        return shape
 
 
 @dataclass(frozen=True, slots=True)

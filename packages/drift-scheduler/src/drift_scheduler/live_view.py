@@ -153,7 +153,10 @@ class LiveView:
         deadline = request.arrival + request.slo.ttft
         if tracked.admitted:
             return Waiting(request, tracked.computed, tracked.known, 0, deadline, True)
-        cached = s.kv.lookup(request, tracked.known)
+        if tracked.cached_at != s.kv_epoch:
+            tracked.cached_now = s.kv.lookup(request, tracked.known)
+            tracked.cached_at = s.kv_epoch
+        cached = tracked.cached_now
         page = s.kv.page_tokens
         pages = -(-(tracked.known + 1) // page) - cached // page
         return Waiting(request, cached, tracked.known, pages, deadline, False)

@@ -16,6 +16,7 @@ from drift_scheduler.dispatch.exclusive import Alternate
 from drift_scheduler.domain import (
     Accepted,
     DecodeDone,
+    DecodeShape,
     DecodeStep,
     Device,
     Event,
@@ -75,6 +76,8 @@ class Tracked:
     __slots__ = (
         "batch",
         "cached",
+        "cached_at",
+        "cached_now",
         "capacity",
         "computed",
         "ending",
@@ -100,6 +103,8 @@ class Tracked:
         self.computed = 0
         self.capacity = 0
         self.cached = 0
+        self.cached_now = 0  # what the last look-up found, and at which epoch of the KV pool
+        self.cached_at = -1
         self.recomputed = 0
         self.preemptions = 0
         self.scheduled_at: float | None = None
@@ -141,13 +146,15 @@ class Batch:
 
 @dataclass(slots=True)
 class Flight:
-    """Work a lane is doing."""
+    """Work a lane is doing. `beside_*`: what ran on the other lane, first, if anything did."""
 
     work: PrefillBlock | DecodeStep
     gang: Gang
     started: float
     predicted: float
-    overlapped: bool
+    overlapped: bool = False
+    beside_prefill: PrefillShape | None = None
+    beside_decode: DecodeShape | None = None
     batch: Batch | None = None
     rows: int = 0
 
@@ -184,6 +191,7 @@ class Scheduler:
         self.last_gang: Gang | None = None
         self.blocked_at: int | None = None
         self.starved = False
+        self.kv_epoch = 0  # counts what may lengthen a cached prefix: prompts computed, pages given back
         self.preemptions = 0
         self.policy_faults = 0
         self.steps = 0
@@ -338,6 +346,7 @@ class Scheduler:
         if tracked.admitted:
             self.kv.commit(tracked.request.id, tracked.computed)
             self.kv.release(tracked.request.id)
+            self.kv_epoch += 1
             tracked.capacity = 0
             self.running -= 1
 
@@ -403,6 +412,7 @@ class Scheduler:
                 self._drop(tracked)
             return
         self.batches.remove(batch)
+        self.kv_epoch += 1
         self._merge(batch, event)
 
     def _merge(self, batch: Batch, event: PrefillDone) -> None:
@@ -471,12 +481,12 @@ class Scheduler:
 
     def _observe(self, flight: Flight, lane: Lane, seconds: float) -> None:
         gang, work = flight.gang, flight.work
-        both = gang.sharing is Sharing.FUSED
-        prefill = (
-            gang.prefill.shape() if gang.prefill is not None and (both or lane is Lane.PREFILL) else None
-        )
-        decode = gang.decode.shape() if gang.decode is not None and (both or lane is Lane.DECODE) else None
-        layers = work.layers if isinstance(work, PrefillBlock) else self.device.num_layers
+        prefill, decode = flight.beside_prefill, flight.beside_decode
+        layers = self.device.num_layers
+        if isinstance(work, PrefillBlock):
+            prefill, layers = work.shape(), work.layers
+        else:
+            decode = work.shape()
         seen = Observation(
             lane,
             gang.partition,
@@ -676,24 +686,30 @@ class Scheduler:
         return replace(gang, prefill=replace(block, batch_id=batch.batch_id, chunks=batch.chunks))
 
     def _launch(self, gang: Gang) -> None:
-        busy = self.prefill_flight or self.decode_flight
-        together = gang.sharing is Sharing.SPATIAL and gang.prefill is not None and gang.decode is not None
-        overlapped = together or busy is not None
-        if busy is not None:
-            busy.overlapped = True
         try:
             t_prefill, t_decode = self._predict(gang)
-        except Exception as error:  # likewise
+        except Exception as error:  # a third party's model may raise anything; service goes on
             t_prefill = t_decode = 0.0
             self._fault(f"cost model raised {type(error).__name__}: {error}")
         if gang.prefill is not None:
             batch = next(b for b in self.batches if b.batch_id == gang.prefill.batch_id)
             self.batches.remove(batch)
             self.batches.append(batch)  # the active batch is the last
-            self.prefill_flight = Flight(gang.prefill, gang, self.now, t_prefill, overlapped, batch=batch)
+            self.prefill_flight = Flight(gang.prefill, gang, self.now, t_prefill, batch=batch)
         if gang.decode is not None:
-            self.decode_flight = Flight(gang.decode, gang, self.now, t_decode, overlapped, rows=self.rows.n)
+            self.decode_flight = Flight(gang.decode, gang, self.now, t_decode, rows=self.rows.n)
         self.last_gang = gang
+        self._note_overlap()
+
+    def _note_overlap(self) -> None:
+        prefill, decode = self.prefill_flight, self.decode_flight
+        if prefill is None or decode is None or prefill.gang.sharing is Sharing.TEMPORAL:
+            return
+        prefill.overlapped = decode.overlapped = prefill.gang.sharing is Sharing.SPATIAL
+        if prefill.beside_decode is None:
+            prefill.beside_decode = decode.gang.decode.shape() if decode.gang.decode is not None else None
+        if decode.beside_prefill is None:
+            decode.beside_prefill = prefill.gang.prefill.shape() if prefill.gang.prefill is not None else None
 
     def _predict(self, gang: Gang) -> tuple[float, float]:
         """Seconds until each lane of the gang is done, as the cost model sees it (solo)."""

@@ -110,16 +110,19 @@ def urgent_prompt(view: View, costs: CostModel, scan: int) -> PrefillBatch | Non
     units = view.device.total_units if view.partition is None else view.partition.prefill
     layers = view.device.num_layers
     long_left = costs.prefill(long.shape, units) * (layers - long.next_layer) / layers
+    spare = long.deadline - view.now - long_left
+    if spare <= 0:
+        return None
     best: PrefillBatch | None = None
     best_deadline = inf
     for waiting in view.waiting(scan):
-        if waiting.pages > view.free_pages:
+        could_wait = waiting.deadline >= view.now + long_left + spare
+        if could_wait or waiting.deadline < view.now or waiting.pages > view.free_pages:
             continue
         shape = PrefillShape.of([(waiting.uncomputed, waiting.computed)])
         took = costs.prefill(shape, units)
         in_time = view.now + took <= waiting.deadline < view.now + long_left + took
-        affordable = view.now + took + long_left <= long.deadline
-        if took < long_left and in_time and affordable and waiting.deadline < best_deadline:
+        if took < min(long_left, spare) and in_time and waiting.deadline < best_deadline:
             chunk = PrefillChunk(waiting.request.id, waiting.computed, waiting.total)
             best, best_deadline = new_batch((chunk,)), waiting.deadline
     return best
