@@ -247,7 +247,7 @@ def _gone(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_however_the_server_ends_no_engine_is_left(how: signal.Signals) -> None:
     with server("--listen", "127.0.0.1:0", "--profile", "none") as process:
         assert process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,25 @@ def test_text_for_a_model_without_tokenizer_is_refused_with_the_way_out() -> Non
             await under.client.generate("hello").complete()
 
     run_with_gateway(body)
+
+
+def test_conversations_a_model_cannot_take(tmp_path: Path) -> None:
+    hello = [{"role": "user", "content": "hello"}]
+
+    async def picky(under: UnderTest) -> None:
+        with pytest.raises(api.InvalidRequest, match=r"chat: .*roles must alternate"):
+            await under.client.generate(messages=[*hello, *hello]).complete()
+
+    async def plain(under: UnderTest) -> None:
+        with pytest.raises(api.NeverFits, match="'fake' has no chat template; give text or token_ids"):
+            await under.client.generate(messages=hello).complete()
+
+    ready = ready_in(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "{{ raise_exception('roles must alternate') }}"}))
+    run_with_gateway(picky, ready=ready)
+    config.write_text("{}")
+    run_with_gateway(plain, ready=ready)
 
 
 def test_what_the_scheduler_rejects_can_never_fit() -> None:

@@ -369,7 +369,7 @@ def test_an_output_that_ended_is_not_cancelled() -> None:
     run_with_gateway(body)
 
 
-def test_random_cancellations_leave_nothing_behind() -> None:
+def test_random_cancellations_leave_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
     async def body(under: UnderTest) -> None:
         async def one(number: int) -> None:
             events = aiter(
@@ -389,6 +389,7 @@ def test_random_cancellations_leave_nothing_behind() -> None:
         assert under.supervisor._fingerprints == {}
 
     run_with_gateway(body)
+    assert "internal error" not in caplog.text
 
 
 def test_the_plain_stubs_work_without_our_client() -> None:

@@ -1,6 +1,6 @@
 """An engine that speaks frames and computes nothing: for tests of the gateway and measurements of what it adds.
 
-Runs as a thread, or as a process: `python tools/fake_engine.py SOCKET`. What a request generates is what its
+Runs as a thread, or as a process: `python tools/fake_engine.py SOCKET [STEP_SECONDS]`. What a request generates is what its
 script says; steps come every `step_seconds`, or one by one when it is paused.
 """
 
@@ -239,7 +239,8 @@ def _end(running: _Running, reason: str, now: float) -> FinishedItem:
 def main() -> None:
     """Serve the gateway at the given socket until it is gone."""
     ready = msgspec.structs.replace(READY, pid=os.getpid())
-    FakeEngine(Path(sys.argv[1]), step_seconds=0.01, ready=ready).ended.wait()
+    step_seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 0.01
+    FakeEngine(Path(sys.argv[1]), step_seconds=step_seconds, ready=ready).ended.wait()
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from uuid import uuid4
 
 import grpc
 import msgspec
-from drift_core.tokenizer import Tokenizer
 from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingError, SamplingParams
+from drift_core.tokenizer import Tokenizer
 from drift_gateway.refusal import Refusal, invalid, never_fits
 from drift_gateway.supervisor import Served
 from drift_gateway.v1 import generation_pb2 as pb
@@ -170,16 +170,19 @@ async def _prompt(request: pb.GenerateRequest, served: Served) -> list[int]:
             if not request.text:
                 raise invalid("text", "is empty")
             tokenizer = _tokenizer(served, "text")
-            prompt = await _tokenized(request.text, tokenizer.encode)
+            return await _tokenized("text", len(request.text), lambda: tokenizer.encode(request.text))
         case "token_ids":
             return _token_ids(request.token_ids, served.ready.vocab_size)
         case "chat":
-            prompt = await _chat(request.chat, _tokenizer(served, "chat"))
+            messages, characters = _messages(request.chat)
+            tokenizer = _tokenizer(served, "chat")
+            if not tokenizer.has_chat_template:
+                raise never_fits(
+                    f"chat: model '{served.ready.model}' has no chat template; give text or token_ids"
+                )
+            return await _tokenized("chat", characters, lambda: tokenizer.encode_chat(messages))
         case _:
             raise invalid("input", "is missing; give one of text, token_ids, chat")
-    if not prompt:
-        raise invalid(str(request.WhichOneof("input")), "has no tokens")
-    return prompt
 
 
 def _tokenizer(served: Served, field: str) -> Tokenizer:
@@ -197,26 +200,29 @@ def _token_ids(given: pb.TokenIds, vocab_size: int) -> list[int]:
     return ids
 
 
-async def _chat(chat: pb.Chat, tokenizer: Tokenizer) -> list[int]:
+def _messages(chat: pb.Chat) -> tuple[list[dict[str, str]], int]:
+    """The conversation, and its characters in all."""
     if not 1 <= len(chat.messages) <= MAX_MESSAGES:
         raise invalid("chat.messages", f"{len(chat.messages)} messages are not 1 to {MAX_MESSAGES}")
     for position, message in enumerate(chat.messages):
         if not message.role:
             raise invalid(f"chat.messages[{position}].role", "is empty")
     messages = [{"role": message.role, "content": message.content} for message in chat.messages]
+    return messages, sum(len(message.content) for message in chat.messages)
+
+
+async def _tokenized(field: str, characters: int, encode: Callable[[], list[int]]) -> list[int]:
+    """Token ids of an input of so many characters, off the event loop when that takes long."""
     try:
-        text = await asyncio.get_running_loop().run_in_executor(
-            _TOKENIZING, tokenizer.apply_chat_template, messages
-        )
+        if characters <= INLINE_CHARACTERS:
+            prompt = encode()
+        else:
+            prompt = await asyncio.get_running_loop().run_in_executor(_TOKENIZING, encode)
     except DriftError as error:
-        raise never_fits(f"chat: {error}") from error
-    return await _tokenized(text, tokenizer.encode)
-
-
-async def _tokenized(text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    if len(text) <= INLINE_CHARACTERS:
-        return encode(text)
-    return await asyncio.get_running_loop().run_in_executor(_TOKENIZING, encode, text)
+        raise invalid(field, str(error)) from error
+    if not prompt:
+        raise invalid(field, "has no tokens")
+    return prompt
 
 
 def _within(field: str, value: int, lowest: int, highest: int) -> int:

@@ -196,7 +196,7 @@ def serve(
     **engine: Any,
 ) -> int:
     """Serve a model over gRPC (drift.v1), prefill and decode side by side on one device."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what is wrong is said in our own line
+    _quiet_grpc()
     from rich.console import Console
 
     from drift_core.engine import engine_config
@@ -218,6 +218,12 @@ def serve(
     return serving.serve(options, Console(stderr=True))
 
 
+def _quiet_grpc() -> None:
+    """Before grpc loads: what is wrong is said in lines of ours, and its fork handlers are not for fork-and-exec."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
+
 def _check_policies(config: EngineConfig) -> None:
     """Unknown policies and wrong options are said before anything is started. Raises DriftError."""
     from drift_scheduler import plugins
@@ -234,7 +240,7 @@ def _check_policies(config: EngineConfig) -> None:
 @_exits
 def demo(target: str | None) -> int:
     """Stream a handful of concurrent requests of very different lengths, and show how each fared."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    _quiet_grpc()
     from drift_gateway.demo import run
 
     return run(target)

@@ -436,6 +436,14 @@ class DriftClient:
             raise error_of(error) from error
         return info
 
+    def load(self, timeout: float = 10.0) -> info_pb2.Load:
+        """How full the server is. Raises RequestError."""
+        try:
+            answer: info_pb2.GetLoadResponse = self._info.GetLoad(info_pb2.GetLoadRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return answer.load
+
     def watch_stats(self, interval: float = 0.5) -> Iterator[info_pb2.WatchStatsResponse]:
         """Load and timeline every `interval` seconds, until the iteration is left."""
         call = self._info.WatchStats(info_pb2.WatchStatsRequest(interval_ms=round(interval * 1e3)))
@@ -529,6 +537,16 @@ class AsyncDriftClient:
         except grpc.RpcError as error:
             raise error_of(error) from error
         return info
+
+    async def load(self, timeout: float = 10.0) -> info_pb2.Load:
+        """How full the server is. Raises RequestError."""
+        try:
+            answer: info_pb2.GetLoadResponse = await self._info.GetLoad(
+                info_pb2.GetLoadRequest(), timeout=timeout
+            )
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return answer.load
 
     async def watch_stats(self, interval: float = 0.5) -> AsyncIterator[info_pb2.WatchStatsResponse]:
         """Load and timeline every `interval` seconds, until the iteration is left."""

@@ -11,9 +11,9 @@ import time
 from uuid import uuid4
 
 import grpc
-from drift_core.tokenizer import IncrementalDetokenizer
 
 from drift_core.link import EngineGone, Submission
+from drift_core.tokenizer import IncrementalDetokenizer
 from drift_gateway.admission import Admitted, admit
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Refusal, exhausted, never_fits
@@ -55,6 +55,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._check_room(served, 1)
         admitted = await admit(request, served, arrival)
         self._check_room(served, admitted.sampling.n)
+        log.debug(
+            "%s: %d prompt tokens, labels %s", admitted.request_id, len(admitted.prompt), request.labels
+        )
         submission = self._supervisor.submit(served, admitted.frames())
         try:
             await _stream(served, admitted, submission, context)

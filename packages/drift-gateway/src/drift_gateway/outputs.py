@@ -86,6 +86,7 @@ class Output:
             token_ids, times = token_ids[:kept], times[:kept]
         if self._detokenizer is not None and finished is not None and self._stop_string is None:
             text += self._detokenizer.finish()
+            self._stop_string = self._detokenizer.stopped
         if token_ids or text:
             self._times.extend(times)
             yield self._delta(text, token_ids, times, logprobs)

@@ -29,10 +29,10 @@ from rich.progress import (
 from rich.table import Table
 
 from drift_core.engine import EngineConfig
-from drift_core.frames import Ready, Starting
+from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
 from drift_gateway.server import Address, Gateway, check_address
-from drift_gateway.supervisor import ChildProcess, EngineProcess, Supervisor
+from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
 
 log = logging.getLogger("drift.gateway")
 
@@ -74,8 +74,8 @@ async def _serve(options: ServeOptions, console: Console) -> int:
                 started.cancel()
                 await asyncio.wait((started,))
                 return 0
-            ready = started.result().ready
-        display.summarise(ready, Address(options.address.host, gateway.port))
+            served = started.result()
+        display.summarise(served, Address(options.address.host, gateway.port))
         keeping = asyncio.ensure_future(supervisor.keep_running())
         await _first(keeping, stop)
         if keeping.done():
@@ -158,8 +158,9 @@ class StartUpDisplay:
                 self._console.print(f"{frame.phase} …", highlight=False)
         self._progress.update(self._tasks[frame.phase], completed=frame.fraction)
 
-    def summarise(self, ready: Ready, address: Address) -> None:
+    def summarise(self, served: Served, address: Address) -> None:
         """The phase table, what is served, and a line to try it with."""
+        ready = served.ready
         table = Table("phase", "seconds", title="start-up", title_justify="left")
         table.columns[1].justify = "right"
         times = list(self._began.items())
@@ -181,12 +182,18 @@ class StartUpDisplay:
             soft_wrap=True,
         )
         console.print(f"[bold green]serving on {address}[/]; try:", highlight=False)
-        console.print(f"  {client_line(address)}", highlight=False, soft_wrap=True, markup=False)
+        console.print(
+            f"  {client_line(address, served.tokenizer is not None)}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
 
 
-def client_line(address: Address) -> str:
-    """A command that sends one request there."""
+def client_line(address: Address, text: bool = True) -> str:
+    """A command that sends one request there, as text or as token ids."""
+    prompt, field = ("'A list is'", "text") if text else ("token_ids=[1, 2, 3]", "token_ids")
     return (
         'python -c "from drift_gateway.client import DriftClient; '
-        f"print(DriftClient('{address}').generate('A list is', max_tokens=40, temperature=0.0).complete().text)\""
+        f"print(DriftClient('{address}').generate({prompt}, max_tokens=40, temperature=0.0).complete().{field})\""
     )

@@ -22,11 +22,11 @@ from typing import Final, Protocol
 
 import grpc
 import msgspec
-from drift_core.tokenizer import Tokenizer
 
 from drift_core.engine import EngineConfig
 from drift_core.frames import Ready, Starting, Submit
 from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
+from drift_core.tokenizer import Tokenizer
 from drift_gateway.refusal import Refusal, never_fits, unavailable
 from drift_gateway.timeline import Timeline
 from drift_scheduler.errors import DriftError
@@ -189,6 +189,7 @@ class Supervisor:
                 self.restarts += 1
                 try:
                     await self.start()
+                    log.info("the engine is ready again")
                     break
                 except (EngineFailed, EngineGone) as error:
                     crashes, how = crashes + 1, str(error)
