@@ -25,6 +25,7 @@ _MULTIPLICATIONS_SHORT = 1 << 17
 _AMX_ROWS = 128
 _DPBF16_ROWS = 4
 _FP32_ROWS = range(3, 17)
+_FP32_WEIGHTS = 1 << 19  # smaller ones stay in cache, and there F.linear is as fast
 _STACK_ELEMENTS = 1 << 17  # inputs of this many elements are packed on the stack (native.c knows this number)
 
 _ATTEND_FAULTS = {
@@ -160,7 +161,8 @@ class CpuOps:
         if dtype == torch.bfloat16:
             most = (0, _DPBF16_ROWS, _AMX_ROWS)[self._level]
             return 0 < rows <= most and inputs % 32 == 0 and outputs >= 32
-        return dtype == torch.float32 and inputs % 16 == 0 and rows in _FP32_ROWS
+        large = outputs * inputs >= _FP32_WEIGHTS
+        return dtype == torch.float32 and large and inputs % 16 == 0 and rows in _FP32_ROWS
 
     def _for(self, x: Tensor) -> ctypes.CDLL:
         return self._held if x.numel() < _SHORT else self._free

@@ -1,4 +1,4 @@
-"""Compiles `native.c` once per machine, keeps it in the user's cache and loads it.
+"""Compiles `native.c` and its header once per machine, keeps it in the user's cache and loads it.
 
 Knows how to build and find the library, not what is in it. Two processes that start together both compile; each
 renames a finished file into place, so neither sees half of one.
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from drift_kernels.openmp import gomp_parallel
 
+_SOURCES = ("native.c", "native_vectors.h")
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")
 LEVELS = ("portable vectors", "avx512_bf16", "amx_bf16")
 _COMPILE_LIMIT_S = 120
@@ -59,11 +60,11 @@ def load_native() -> NativeLibrary:
 def _load() -> NativeLibrary | str:
     try:
         compiler = _compiler()
-        source = files("drift_kernels").joinpath("native.c").read_bytes()
+        sources = {name: files("drift_kernels").joinpath(name).read_bytes() for name in _SOURCES}
         arch = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
-        name = f"native-{_fingerprint(source, compiler, arch)}.so"
+        name = f"native-{_fingerprint(sources, compiler, arch)}.so"
         with _library_folder() as folder:
-            return _open(_built(folder, name, source, [*compiler, *_FLAGS, arch]))
+            return _open(_built(folder, name, sources, [*compiler, *_FLAGS, arch]))
     except NativeUnavailable as why:
         return str(why)
     except OSError as error:
@@ -78,10 +79,19 @@ def _compiler() -> list[str]:
     return [path, *command[1:]]
 
 
-def _fingerprint(source: bytes, compiler: list[str], arch: str) -> str:
+def _fingerprint(sources: dict[str, bytes], compiler: list[str], arch: str) -> str:
     real = os.stat(compiler[0])
-    parts = (compiler, _FLAGS, arch, real.st_size, real.st_mtime_ns, platform.machine(), _cpu_model())
-    return hashlib.sha256(source + repr(parts).encode()).hexdigest()[:24]
+    parts = (
+        sources,
+        compiler,
+        _FLAGS,
+        arch,
+        real.st_size,
+        real.st_mtime_ns,
+        platform.machine(),
+        _cpu_model(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def _cpu_model() -> str:
@@ -93,11 +103,11 @@ def _cpu_model() -> str:
     return "\n".join(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", text, re.MULTILINE))
 
 
-def _built(folder: Path, name: str, source: bytes, command: list[str]) -> Path:
+def _built(folder: Path, name: str, sources: dict[str, bytes], command: list[str]) -> Path:
     library = folder / name
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-            _compile(source, Path(scratch), command).replace(library)
+            _compile(sources, Path(scratch), command).replace(library)
     return library
 
 
@@ -128,12 +138,13 @@ def _is_private(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _compile(source: bytes, scratch: Path, command: list[str]) -> Path:
-    c_file, library = scratch / "native.c", scratch / "native.so"
-    c_file.write_bytes(source)
+def _compile(sources: dict[str, bytes], scratch: Path, command: list[str]) -> Path:
+    library = scratch / "native.so"
+    for name, text in sources.items():
+        (scratch / name).write_bytes(text)
     try:
         done = subprocess.run(
-            [*command, "-o", str(library), str(c_file), "-lm"],
+            [*command, "-o", str(library), str(scratch / _SOURCES[0]), "-lm"],
             capture_output=True,
             text=True,
             errors="replace",
