@@ -281,3 +281,33 @@ def test_a_call_to_nobody_is_unavailable() -> None:
             assert raised.value.code is grpc.StatusCode.UNAVAILABLE
 
     asyncio.run(run())
+
+
+CLIENT = """
+import sys
+from drift_gateway.client import DriftClient
+for event in DriftClient(sys.argv[1]).generate(token_ids=[1], max_tokens=4000):
+    print(event, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_client_process_that_dies_or_hangs_is_noticed_and_its_request_cancelled(
+    how: signal.Signals,
+) -> None:
+    """A killed one at once; a stopped one when it answers no ping (about 7 s)."""
+
+    async def body(under: UnderTest) -> None:
+        command = [sys.executable, "-c", CLIENT, under.target]
+        client = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        try:
+            assert client.stdout is not None
+            for _ in range(2):
+                await client.stdout.readline()
+            client.send_signal(how)
+            await under.until(lambda engine: bool(engine.cancels()))
+        finally:
+            client.kill()
+            await client.wait()
+
+    run_with_gateway(body, step_seconds=0.01)

@@ -44,7 +44,7 @@ CALL_S: Final = 60.0
 CHARACTERS_PER_TOKEN: Final = 3.5
 """Of this prose in a vocabulary of a few thousand; how long a prompt really is, the server says."""
 
-SHORT: Final = SLO(ttft=0.5, tbt=0.05, name="interactive")
+SHORT: Final = SLO(ttft=1.0, tbt=0.05, name="interactive")
 LONG: Final = SLO(ttft=4.0, tbt=0.1, name="document")
 
 
@@ -61,13 +61,13 @@ class Ask:
 
 
 ASKS: Final = (
-    Ask("for loops", "The for statement is used to iterate over the elements of a sequence", 0.0, 160, SHORT),
-    Ask("a chapter", "class", 0.3, 96, LONG, prompt_tokens=1400),
-    Ask("lists", "A list object is mutable, which means that", 0.6, 160, SHORT),
-    Ask("a section", "strings", 0.9, 96, LONG, prompt_tokens=1000),
-    Ask("with", "The with statement is used to wrap the execution of a block", 1.2, 128, SHORT),
-    Ask("two chapters", "function", 1.5, 64, LONG, prompt_tokens=1600),
-    Ask("exceptions", "When an exception is raised, the interpreter", 2.0, 128, SHORT),
+    Ask("for loops", "The for statement is used to iterate over the elements of a sequence", 0.0, 256, SHORT),
+    Ask("a chapter", "class", 0.4, 128, LONG, prompt_tokens=1400),
+    Ask("lists", "A list object is mutable, which means that", 0.8, 256, SHORT),
+    Ask("a section", "strings", 1.2, 128, LONG, prompt_tokens=1000),
+    Ask("with", "The with statement is used to wrap the execution of a block", 1.6, 192, SHORT),
+    Ask("two chapters", "function", 2.0, 96, LONG, prompt_tokens=1600),
+    Ask("exceptions", "When an exception is raised, the interpreter", 2.6, 192, SHORT),
 )
 
 

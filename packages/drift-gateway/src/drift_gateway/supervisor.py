@@ -37,6 +37,7 @@ engine_log = logging.getLogger("drift.engine")
 CRASHES_TO_QUARANTINE: Final = 2
 REMEMBERED_SUSPECTS: Final = 4096
 ORDERLY_END_S: Final = 5.0
+LAST_WORDS_S: Final = 1.0
 
 
 class State(Enum):
@@ -154,10 +155,10 @@ class Supervisor:
         try:
             await asyncio.wait((ended, ready), return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():  # it ended before it connected, or its last words are on their way
-                await asyncio.wait((ready,), timeout=1.0)
+                await asyncio.wait((ready,), timeout=LAST_WORDS_S)
             if not ready.done():
                 raise EngineGone(f"the engine process ended while starting: {ended.result()}")
-            facts = ready.result()
+            facts = await self._explained(ready, process)
             tokenizer = await asyncio.to_thread(load_tokenizer, facts.directory)
         except BaseException:
             ready.cancel()
@@ -175,7 +176,8 @@ class Supervisor:
         crashes = 0
         while True:
             assert self._client is not None, "start first"
-            how = await asyncio.shield(self._client.gone)
+            assert self._process is not None
+            how = await _how_it_ended(await asyncio.shield(self._client.gone), self._process)
             if time.monotonic() - self._ready_since > self._backoff.settled:
                 crashes = 0
             crashes += 1
@@ -241,6 +243,13 @@ class Supervisor:
             self._client.shut_down()
         await self._end_engine(patience=ORDERLY_END_S)
 
+    async def _explained(self, ready: asyncio.Future[Ready], process: EngineProcess) -> Ready:
+        """The result of `ready`; an engine that is gone without a word gets its exit status as the reason."""
+        try:
+            return ready.result()
+        except EngineGone as gone:
+            raise EngineGone(await _how_it_ended(str(gone), process)) from gone
+
     async def _bury(self) -> None:
         """The engine is gone: clear away what is left of it."""
         self.served = None
@@ -287,6 +296,14 @@ def load_tokenizer(directory: str) -> Tokenizer | None:
     if not (Path(directory) / "tokenizer.json").is_file():
         return None
     return Tokenizer.load(directory)
+
+
+async def _how_it_ended(reason: str, process: EngineProcess) -> str:
+    """What the socket told, and how the process ended if it does so soon."""
+    try:
+        return f"{reason}: {await asyncio.wait_for(process.wait(), LAST_WORDS_S)}"
+    except TimeoutError:
+        return reason
 
 
 async def _end_process(process: EngineProcess, patience: float) -> None:
