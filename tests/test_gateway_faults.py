@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -307,7 +308,8 @@ def test_a_client_process_that_dies_or_hangs_is_noticed_and_its_request_cancelle
             client.send_signal(how)
             await under.until(lambda engine: bool(engine.cancels()))
         finally:
-            client.kill()
+            with contextlib.suppress(ProcessLookupError):
+                client.kill()
             await client.wait()
 
     run_with_gateway(body, step_seconds=0.01)

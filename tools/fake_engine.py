@@ -1,7 +1,7 @@
 """An engine that speaks frames and computes nothing: for tests of the gateway and measurements of what it adds.
 
-Runs as a thread, or as a process: `python tools/fake_engine.py SOCKET [STEP_SECONDS]`. What a request generates is what its
-script says; steps come every `step_seconds`, or one by one when it is paused.
+Runs as a thread, or as a process: `python tools/fake_engine.py SOCKET [STEP_SECONDS]`. What a request generates is
+what its script says; steps come every `step_seconds`, or one by one when it is paused.
 """
 
 from __future__ import annotations

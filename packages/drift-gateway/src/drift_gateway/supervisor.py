@@ -7,6 +7,7 @@ that held them (their clients try again); one that was inside at two crashes is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -355,12 +356,12 @@ class ChildProcess:
 
     def terminate(self) -> None:
         """SIGTERM."""
-        if self._process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
     def kill(self) -> None:
         """SIGKILL."""
-        if self._process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
             self._process.kill()
 
     async def _relay_output(self) -> None:
