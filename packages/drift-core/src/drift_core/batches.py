@@ -76,22 +76,10 @@ class BatchBuilder:
 
     def prefill(self, chunks: Sequence[PrefillChunk]) -> Batch:
         """The rows of each chunk, one after another."""
-        self._forget_rows(chunk.request_id for chunk in chunks)
-        lengths = np.array([chunk.tokens for chunk in chunks], np.int64)
-        ends = lengths.cumsum()
-        finishing = [index for index, chunk in enumerate(chunks) if chunk.last]
-        tokens = [self._tokens(chunk) for chunk in chunks]
-        return Batch(
-            torch.from_numpy(np.concatenate(tokens)),
-            self._attention(
-                lengths,
-                np.array([chunk.stop for chunk in chunks], np.int64),
-                [self._kv.page_table(chunk.request_id) for chunk in chunks],
-            ),
-            ends[finishing] - 1,
-            tuple(chunks[index].request_id for index in finishing),
-            [self._sequences[chunks[index].request_id] for index in finishing],
-        )
+        tokens, lengths, stops = self._rows_of(chunks)
+        tables = [self._kv.page_table(chunk.request_id) for chunk in chunks]
+        inputs = self._decoder.inputs(lengths, stops, tables, self._kv.page_tokens)
+        return Batch(torch.from_numpy(tokens), inputs, *self._finishing(chunks, lengths))
 
     def decode(self, request_ids: tuple[str, ...]) -> Batch:
         """One row per request: its latest token."""
@@ -106,21 +94,29 @@ class BatchBuilder:
 
     def mixed(self, chunks: Sequence[PrefillChunk], request_ids: tuple[str, ...]) -> Batch:
         """The rows of the chunks, then one per decoding request, in one ragged batch."""
-        prefill = self.prefill(chunks)
+        tokens, lengths, stops = self._rows_of(chunks)
         rows = self._advance(request_ids)
-        decodes = len(request_ids)
-        offset = len(prefill.token_ids)
         tables = [self._kv.page_table(chunk.request_id) for chunk in chunks]
+        decodes, first = len(request_ids), len(tokens)
+        table = np.zeros(
+            (len(chunks) + decodes, max(rows.table.shape[1], *(len(pages) for pages in tables))), np.int32
+        )
+        for row, pages in enumerate(tables):
+            table[row, : len(pages)] = pages
+        table[len(chunks) :, : rows.table.shape[1]] = rows.table
+        inputs = self._decoder.inputs(
+            np.concatenate([lengths, np.ones(decodes, np.int64)]),
+            np.concatenate([stops, rows.context]),
+            table,
+            self._kv.page_tokens,
+        )
+        sample_rows, sample_ids, states = self._finishing(chunks, lengths)
         return Batch(
-            torch.cat([prefill.token_ids, torch.from_numpy(rows.last)]),
-            self._attention(
-                np.array([chunk.tokens for chunk in chunks] + [1] * decodes, np.int64),
-                np.concatenate([[chunk.stop for chunk in chunks], rows.context]),
-                [*tables, *rows.table],
-            ),
-            np.concatenate([prefill.sample_rows, np.arange(offset, offset + decodes)]),
-            prefill.sample_ids + request_ids,
-            prefill.states + rows.states,
+            torch.from_numpy(np.concatenate([tokens, rows.last])),
+            inputs,
+            np.concatenate([sample_rows, first + rows.index]),
+            sample_ids + request_ids,
+            states + rows.states,
         )
 
     def decoded(self, token_ids: Sequence[int]) -> None:
@@ -182,6 +178,21 @@ class BatchBuilder:
             rows.table = wider
         rows.table[row, : len(pages)] = pages
 
+    def _rows_of(self, chunks: Sequence[PrefillChunk]) -> tuple[Int64Array, Int64Array, Int64Array]:
+        """Token ids of all rows, rows of each chunk, and the context each ends with."""
+        self._forget_rows(chunk.request_id for chunk in chunks)
+        tokens = np.concatenate([self._tokens(chunk) for chunk in chunks])
+        lengths = np.array([chunk.tokens for chunk in chunks], np.int64)
+        return tokens, lengths, np.array([chunk.stop for chunk in chunks], np.int64)
+
+    def _finishing(
+        self, chunks: Sequence[PrefillChunk], lengths: Int64Array
+    ) -> tuple[Int64Array, tuple[str, ...], list[SequenceState]]:
+        """The last rows of chunks whose prompt is complete, and whose they are."""
+        last = [index for index, chunk in enumerate(chunks) if chunk.last]
+        ids = tuple([chunks[index].request_id for index in last])
+        return lengths.cumsum()[last] - 1, ids, [self._sequences[request_id] for request_id in ids]
+
     def _forget_rows(self, request_ids: Iterable[str]) -> None:
         """Requests that prefill (again) have new pages: their decode rows must be read anew."""
         stale = [request_id for request_id in request_ids if request_id in self._rows.row_of]
@@ -195,11 +206,3 @@ class BatchBuilder:
         assert chunk.stop <= len(tokens), f"chunk {chunk} reaches past {len(tokens)} known tokens"
         assert chunk.last == (chunk.stop == len(tokens)), f"chunk {chunk} of {len(tokens)} known tokens"
         return np.array(tokens[chunk.start : chunk.stop], np.int64)
-
-    def _attention(
-        self,
-        query_lens: Int64Array,
-        context_lens: Int64Array,
-        page_tables: Sequence[Int32Array] | Int32Array,
-    ) -> AttentionInputs:
-        return self._decoder.inputs(query_lens, context_lens, page_tables, self._kv.page_tokens)
