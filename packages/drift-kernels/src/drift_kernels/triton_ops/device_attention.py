@@ -13,11 +13,14 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attend_keys(
-    acc, peak, total, q, positions, k_base, v_base, table, start, stop, scale, kv_stride, window,
+    acc, peak, total, q, positions, k_base, v_base, table, start, stop, floor, scale, kv_stride, window,
     HEAD: tl.constexpr, HEAD_PADDED: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
     MASKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over keys start..stop, start a multiple of KEYS. Unmasked: all rows see all of them."""
+    """Online softmax over keys start..stop, start a multiple of KEYS. Unmasked: all rows see all of them.
+
+    No row sees keys before `floor`, and what the pages hold of them is not looked at.
+    """
     dims = tl.arange(0, HEAD_PADDED)
     offsets = tl.arange(0, KEYS)
     for first in range(start, stop, KEYS):
@@ -27,13 +30,16 @@ def _attend_keys(
             slots = page.to(tl.int64) * PAGE + (first % PAGE + offsets)
         else:
             if MASKED:
-                pages = tl.load(table + keys // PAGE, mask=keys < stop, other=0)
+                pages = tl.load(table + keys // PAGE, mask=(keys < stop) & (keys >= floor), other=0)
             else:
                 pages = tl.load(table + keys // PAGE)
             slots = pages.to(tl.int64) * PAGE + keys % PAGE
         places = (slots * kv_stride)[:, None] + dims[None, :]
         if MASKED:
-            held = (keys < stop)[:, None] & (dims < HEAD)[None, :]
+            there = keys < stop
+            if WINDOWED:
+                there = there & (keys >= floor)
+            held = there[:, None] & (dims < HEAD)[None, :]
             k = tl.load(k_base + places, mask=held, other=0.0)
         elif HEAD == HEAD_PADDED:
             k = tl.load(k_base + places)
@@ -104,17 +110,20 @@ def attend_items(
         k_base = k_pages + kv_head * HEAD
         v_base = v_pages + kv_head * HEAD
         masked_from = start
-        if not WINDOWED:
+        floor = 0
+        if WINDOWED:
+            floor = tl.maximum(0, past + first_row // GROUP - window + 1)
+        else:
             seen_by_all = tl.minimum(stop, past + first_row // GROUP + 1)
             masked_from = start + tl.maximum(seen_by_all - start, 0) // KEYS * KEYS
             masked_from = tl.multiple_of(masked_from, KEYS)
             acc, peak, total = _attend_keys(
-                acc, peak, total, q, positions, k_base, v_base, table, start, masked_from, scale, kv_stride,
-                window, HEAD, HEAD_PADDED, PAGE, KEYS, False, False,
+                acc, peak, total, q, positions, k_base, v_base, table, start, masked_from, 0, scale,
+                kv_stride, window, HEAD, HEAD_PADDED, PAGE, KEYS, False, False,
             )  # fmt: skip
         acc, peak, total = _attend_keys(
-            acc, peak, total, q, positions, k_base, v_base, table, masked_from, stop, scale, kv_stride,
-            window, HEAD, HEAD_PADDED, PAGE, KEYS, True, WINDOWED,
+            acc, peak, total, q, positions, k_base, v_base, table, masked_from, stop, floor, scale,
+            kv_stride, window, HEAD, HEAD_PADDED, PAGE, KEYS, True, WINDOWED,
         )  # fmt: skip
 
         # A piece of a windowed span may hide all its keys from a row: weight 0.
