@@ -69,7 +69,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(python=False, requires=["workshop"])
 def demo(session: nox.Session) -> None:
     """Serve the embedded model and stream a handful of concurrent requests to the terminal."""
-    _in_workshop(session, "python", "-m", "drift_gateway.demo", *session.posargs)
+    _in_workshop(session, "drift", "demo", *session.posargs)
 
 
 @nox.session(python=False, requires=["workshop"])
@@ -134,6 +134,10 @@ def standalone(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, str(wheel))
     session.install(*CONSTRAINTS, "pytest", "pytest-timeout", "hypothesis")
     session.run("python", "tools/alone.py", "drift_scheduler", "torch", "grpc", "drift_core", "drift_kernels")
+    flags = (
+        "--workload sharegpt --rate 4 --requests 50 --device a100-80gb --model llama-3.1-8b --dispatch gang"
+    )
+    session.run("drift", "simulate", *flags.split())
     session.run("pytest", "packages/drift-scheduler/tests", *session.posargs)
 
 

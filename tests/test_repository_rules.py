@@ -107,6 +107,21 @@ def test_a_path_of_one_machine_is_noticed() -> None:
     assert rules.machine_path_violations(PurePosixPath("a.md"), "see " + "/ro" + "ot/models")
 
 
+@pytest.mark.parametrize("page", [path for path in FILES if path.suffix == ".md"], ids=str)
+def test_pages_lead_somewhere_and_are_finished(page: PurePosixPath) -> None:
+    text = read(page)
+    assert rules.link_violations(page, text) + rules.placeholder_violations(page, text) == []
+
+
+def test_a_broken_link_and_a_placeholder_are_noticed() -> None:
+    page = PurePosixPath("docs/planted.md")
+    broken = (
+        "[a](../README.md) [b](absent.md) [c](https://example.org) [d](../CHANGELOG.md#x) [e](../absent/)"
+    )
+    assert len(rules.link_violations(page, broken)) == 2
+    assert len(rules.placeholder_violations(page, "loss @" + "LOSS@, TO" + "DO")) == 2
+
+
 def test_test_modules_have_unique_names() -> None:
     names = [path.name for path in PYTHON if path.name.startswith("test_")]
     assert sorted(names) == sorted(set(names))
@@ -138,9 +153,15 @@ def test_installed_version_is_the_declared_one(package: str) -> None:
     assert getattr(module, "__version__", metadata.version(package)) == metadata.version(package)
 
 
-def test_importing_the_scheduler_stays_light() -> None:
-    """`import drift_scheduler` brings neither the command line's dependencies nor a tensor library."""
-    heavy = ["torch", "grpc", "msgspec", "click", "rich", "drift_core", "drift_kernels"]
-    program = f"import sys, drift_scheduler; print([name for name in {heavy} if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("drift_scheduler", ["torch", "grpc", "msgspec", "click", "rich", "drift_core", "drift_kernels"]),
+        ("drift_gateway.server, drift_gateway.serving, drift_gateway.cli, drift_gateway.client", ["torch"]),
+    ],
+)
+def test_imports_stay_light(modules: str, heavy: list[str]) -> None:
+    """The scheduler brings neither its command line's needs nor tensors; a gateway process has no torch."""
+    program = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

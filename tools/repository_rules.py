@@ -7,6 +7,7 @@ test can plant a violation; `tests/test_repository_rules.py` does, and runs ever
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -140,6 +141,20 @@ def data_violations(sizes: Mapping[PurePosixPath, int]) -> list[str]:
         if size > MAX_FILE_BYTES:
             found.append(f"{path}: {size} bytes, more than {MAX_FILE_BYTES}")
     return found
+
+
+def link_violations(page: PurePosixPath, text: str, root: Path = ROOT) -> list[str]:
+    """Every relative link of a Markdown page leads to a file or folder of the repository."""
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)
+    local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
+    return [f"{page}: leads to {target}" for target in local if not (root / page.parent / target).exists()]
+
+
+def placeholder_violations(page: PurePosixPath, text: str) -> list[str]:
+    """Nothing that was to be filled in later."""
+    return [
+        f"{page}: still says {word}" for word in re.findall(r"@[A-Z_]+@|\bTODO\b|\bTBD\b|\bFIXME\b", text)
+    ]
 
 
 def machine_path_violations(path: PurePosixPath, text: str) -> list[str]:
