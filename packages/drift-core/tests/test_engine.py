@@ -392,6 +392,29 @@ def test_bad_configuration_is_one_clear_line(directory: Path, fields: dict[str, 
     assert threading.active_count() == before, "something is half-started"
 
 
+def test_without_a_wish_the_context_is_what_memory_holds(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = 2 * 5 * 16 * 2 * 8 * 4
+    monkeypatch.setattr("drift_core.assembly.available_bytes", lambda: 4 * 10 * page)  # a quarter is 10 pages
+    monkeypatch.setattr("drift_core.assembly.check_weights_fit", lambda *rest: None)
+    engine = Engine.start(config(directory))
+    engine.close()
+    assert (engine.max_context, engine.executor.plan.num_pages) == (160, 10)
+    with pytest.raises(DriftError, match="less than one request of 256"):
+        Engine.start(config(directory, max_context=256))
+    with pytest.raises(DriftError, match="too little memory: a KV budget of"):
+        Engine.start(config(directory, kv_memory_bytes=41 * page))
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drift_core.assembly.available_bytes", lambda: 1000)
+    with pytest.raises(DriftError, match=r"too little memory: the weights of .* take .* KiB, and 1000 bytes"):
+        Engine.start(config(directory))
+
+
 def test_a_corrupt_checkpoint_is_named(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{bad")

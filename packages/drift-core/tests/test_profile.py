@@ -101,7 +101,7 @@ class _Counting:
     """Stands in for an executor whose measurements are given."""
 
     def __init__(self, executor: CpuExecutor, table: CostTable) -> None:
-        self.device, self.identity = executor.device, executor.identity
+        self.device, self.identity, self.plan = executor.device, executor.identity, executor.plan
         self.table, self.full_runs = table, 0
         self.factor = 1.0
 

@@ -19,9 +19,9 @@ import torch
 from drift_core import profile, profile_cache
 from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress
 from drift_core.executor import CpuExecutor
-from drift_core.kv import PagedKv, PoolPlan, plan_pool
+from drift_core.kv import PagedKv, PoolPlan, plan_pool, pool_pages
 from drift_core.lanes import Pin
-from drift_core.memory import available_bytes, check_weights_fit, kv_budget
+from drift_core.memory import available_bytes, check_weights_fit, kv_budget, readable
 from drift_core.model.config import ModelConfig, load_config, model_directory
 from drift_core.model.decoder import Decoder, KvCache
 from drift_core.model.weights import DTYPES, load_weights
@@ -34,7 +34,7 @@ from drift_scheduler.cost.hardware import ModelSpec, device_spec
 from drift_scheduler.cost.roofline import RooflineCost
 from drift_scheduler.cost.table import CostTable, read_table
 from drift_scheduler.decision_log import DecisionLog
-from drift_scheduler.domain import Device, Lane, Partition, Sharing
+from drift_scheduler.domain import DIVIDING, Device, Lane, Partition, Sharing
 from drift_scheduler.errors import DriftError, UnknownNameError
 from drift_scheduler.protocols import CostModel
 from drift_scheduler.scheduler import Limits, Scheduler
@@ -78,7 +78,7 @@ def assemble(config: EngineConfig, progress: Progress) -> Engine:
         progress("warm up", 0.0)
         executor.warm_up()
         settings: dict[str, Any] = msgspec.to_builtins(config)
-        limits = Limits(max_running=config.max_running, max_context_tokens=setup.max_context)
+        limits = Limits(max_running=config.max_running, max_context_tokens=executor.plan.max_context)
         scheduler = Scheduler(
             executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
         )
@@ -107,7 +107,7 @@ def build_cpu(setup: Setup) -> CpuExecutor:
     plan = _plan(config, model, dtype, max_context)
     log.info(plan.describe())
     cache = KvCache.allocate(model, plan.num_pages, plan.page_tokens, dtype, "cpu")
-    decoder = Decoder(model, weights, ops, max_context)
+    decoder = Decoder(model, weights, ops, plan.max_context)
     return cpu_executor(decoder, cache, plan, affinity, seed=config.seed)
 
 
@@ -134,7 +134,7 @@ def cpu_executor(
 def cpu_device(affinity: CpuAffinity, num_layers: int) -> Device:
     """What the cores offer. One core cannot be split, so there nothing runs side by side."""
     menu = tuple(Partition(prefill, decode) for prefill, decode in affinity.menu())
-    sharings = frozenset(Sharing) if affinity.units > 1 else frozenset(Sharing) - {Sharing.SPATIAL}
+    sharings = DIVIDING if affinity.units > 1 else DIVIDING - {Sharing.SPATIAL}
     return Device(affinity.units, menu, num_layers, sharings, name=f"cpu: {affinity.description}")
 
 
@@ -190,7 +190,9 @@ def _build(
 
 def _measure(setup: Setup, executor: ModelExecutor, *, full: bool) -> CostTable:
     running = setup.config.max_running
-    grid = profile.plan_grid(executor.device, max_context=setup.max_context, max_running=running, full=full)
+    grid = profile.plan_grid(
+        executor.device, max_context=executor.plan.max_context, max_running=running, full=full
+    )
     setup.progress("profile", 0.0)
     return executor.profile(grid, setup.config.model, lambda fraction: setup.progress("profile", fraction))
 
@@ -230,6 +232,13 @@ def _plan(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_cont
     page = KvCache.bytes_per_page(model, config.page_tokens, dtype)
     useful = -(-max_context // config.page_tokens) * config.max_running * page
     budget = kv_budget(config.kv_memory_bytes, useful=useful, available=available_bytes())
+    fitting = pool_pages(budget, page) * config.page_tokens
+    if config.max_context is None and config.kv_memory_bytes is None and 1 < fitting < max_context:
+        log.warning(
+            "the context is limited to %d tokens of the model's %d, which is what %s of KV hold; give it more memory",
+            fitting, max_context, readable(budget),
+        )  # fmt: skip
+        max_context = fitting
     return plan_pool(budget, page, config.page_tokens, max_context)
 
 
