@@ -51,7 +51,8 @@ class Block:
     @property
     def place(self) -> str:
         """Where a reader finds the block: `FILE:LINE`."""
-        return f"{self.file.name}:{self.line}"
+        file = self.file.relative_to(ROOT) if self.file.is_relative_to(ROOT) else self.file.name
+        return f"{file}:{self.line}"
 
     def commands(self) -> list[str]:
         """The commands of a console block, without their `$ `; a trailing backslash joins lines."""
@@ -163,6 +164,13 @@ class Runner:
                 if not self._recognised(block, command):
                     self._foreground(block, command)
 
+    def background_news(self) -> str:
+        """What the background commands printed last, to explain a failure."""
+        return "".join(
+            f"\n    {block.place} in the background {_state(process)}:\n{_tail(log.read_bytes())}"
+            for block, process, log in self._background
+        )
+
     def stop(self) -> None:
         """End the background commands; DocumentError if one had to be killed."""
         stubborn = []
@@ -245,6 +253,11 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+def _state(process: subprocess.Popen[bytes]) -> str:
+    code = process.poll()
+    return "still runs" if code is None else f"ended with {code}"
+
+
 def _tail(output: bytes, lines: int = 25) -> str:
     return "\n".join("    " + line for line in output.decode(errors="replace").splitlines()[-lines:])
 
@@ -271,7 +284,7 @@ def run_document(file: Path, sessions: set[str]) -> list[str]:
             for block in blocks(file, file.read_text(encoding="utf-8")):
                 runner.run(block)
         except DocumentError as error:
-            failures.append(str(error))
+            failures.append(f"{error}{runner.background_news()}")
         try:
             runner.stop()
         except DocumentError as error:
