@@ -186,6 +186,9 @@ def test_the_tolerance_can_fail(ops: CpuOps, fault: str, dtype: torch.dtype) -> 
     ("change", "message"),
     [
         ({"query_starts": [0, 1, 22]}, "query_starts"),
+        ({"query_starts": [0, 21]}, "contradicts itself"),
+        ({"page_table": [[0, 1, 2]]}, "contradicts itself"),
+        ({"context_lens": torch.tensor([33, 45])}, "must be int32"),
         ({"query_starts": [0, 21, 21]}, "query_starts"),
         ({"max_query": 19}, "query_starts"),
         ({"context_lens": [33, 19]}, "context_lens"),

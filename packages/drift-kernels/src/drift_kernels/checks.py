@@ -5,6 +5,7 @@ Looks at metadata alone, so a check costs about a microsecond and never waits fo
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from drift_kernels.inputs import AttentionInputs
@@ -60,7 +61,7 @@ def check_write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots
         raise _refuse("k", k, f"[tokens, kv heads, head size] to fit k_pages {_looks(k_pages)}")
     if v.shape != k.shape or v.dtype != k.dtype:
         raise _refuse("v", v, f"the shape and dtype of k {_looks(k)}")
-    if slots.dim() != 1 or slots.shape[0] != k.shape[0] or str(slots.dtype) != "torch.int64":
+    if slots.dim() != 1 or slots.shape[0] != k.shape[0] or slots.dtype != torch.int64:
         raise _refuse("slots", slots, f"int64[{k.shape[0]}], one per token of k")
 
 
@@ -74,6 +75,17 @@ def check_attend(q: Tensor, k_pages: Tensor, v_pages: Tensor, inputs: AttentionI
         )
     if inputs.slots.shape[0] != q.shape[0]:
         raise ValueError(f"inputs lays out {inputs.slots.shape[0]} query tokens, q has {q.shape[0]}")
+    starts, contexts, table = inputs.query_starts, inputs.context_lens, inputs.page_table
+    sequences = contexts.shape[0]
+    if starts.shape[0] != sequences + 1 or table.dim() != 2 or table.shape[0] != sequences:
+        raise ValueError(
+            f"inputs contradicts itself: query_starts {_looks(starts)}, context_lens {_looks(contexts)}, "
+            f"page_table {_looks(table)} for the same sequences"
+        )
+    if not (starts.dtype == contexts.dtype == table.dtype == torch.int32 and table.is_contiguous()):
+        raise ValueError(
+            "inputs.query_starts, context_lens and page_table must be int32, page_table contiguous"
+        )
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
