@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from drift_scheduler import cli
+from drift_scheduler.dispatch import CLUSTER_ONLY
 from drift_scheduler.errors import PluginError
 from drift_scheduler.plugins import Registry, load
 
@@ -41,7 +42,8 @@ def report_of(*args: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dispatch", sorted(load(installed=False).dispatch_policies))
 def test_every_policy_serves_every_request(dispatch: str) -> None:
-    report = report_of("--workload", "sharegpt", "--dispatch", dispatch)
+    device = ("--device", "8xa100-80gb") if dispatch in CLUSTER_ONLY else ()
+    report = report_of("--workload", "sharegpt", "--dispatch", dispatch, *device)
     assert report["requests"]["finished"] == report["requests"]["offered"] == 60
     assert report["scheduler"]["policy_faults"] == 0
     spent = sum(report["sharing_s"].values())

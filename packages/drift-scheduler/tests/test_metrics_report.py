@@ -159,6 +159,7 @@ def test_the_devices_time_is_accounted_for_to_the_last_second() -> None:
         "spatial": 3.0,
         "temporal": 1.0,
         "fused": 1.0,
+        "streams": 0.0,
         "exclusive_prefill": 1.0,
         "exclusive_decode": 1.0,
         "idle": 1.0,

@@ -187,7 +187,10 @@ class RandomExecutor:
 
     def _check(self, gang: Gang) -> None:
         partition, total = gang.partition, self._device.total_units
-        if partition.prefill + partition.decode > total:
+        streams = gang.sharing is Sharing.STREAMS
+        if streams and partition != self._device.unpartitioned:
+            raise InvariantError(f"streams gang on {partition}")
+        if partition.prefill + partition.decode > total and not streams:
             raise InvariantError(f"gang on {partition}, the device has {total} units")
         for lane, work in ((Lane.PREFILL, gang.prefill), (Lane.DECODE, gang.decode)):
             if work is not None and lane in self._busy:
@@ -197,7 +200,8 @@ class RandomExecutor:
                 raise InvariantError(
                     f"partition {running.partition} changed to {partition} under a busy lane"
                 )
-            if Sharing.SPATIAL is not gang.sharing or Sharing.SPATIAL is not running.sharing:
+            beside = gang.sharing in (Sharing.SPATIAL, Sharing.STREAMS)
+            if gang.sharing is not running.sharing or not beside:
                 raise InvariantError(f"{gang.sharing.value} gang beside a {running.sharing.value} one")
         if gang.prefill is not None:
             self._check_block(gang.prefill, gang)
@@ -206,7 +210,8 @@ class RandomExecutor:
         if self._progress.get(block.batch_id, 0) != block.layer_start:
             raise InvariantError(f"batch {block.batch_id} skipped or repeated layers at {block.layer_start}")
         self._progress[block.batch_id] = block.layer_stop
-        if gang.decode is None and Lane.DECODE not in self._busy:
+        free = gang.sharing is Sharing.STREAMS or self._device.system
+        if gang.decode is None and Lane.DECODE not in self._busy and not free:
             whole = partition_is_whole(gang.partition, self._device) and gang.sharing is Sharing.EXCLUSIVE
             if not whole or block.layer_stop != self._device.num_layers:
                 raise InvariantError("prefill with decode idle did not take the whole device in one block")
@@ -218,8 +223,9 @@ def partition_is_whole(partition: Partition, device: Device) -> bool:
 
 
 def small_device(units: int = 4, layers: int = 6) -> Device:
-    """A device with every split of `units` on its menu."""
-    return Device(units, tuple(Partition(units - d, d) for d in range(units + 1)), layers, name="conformance")
+    """A device with every split of `units` on its menu and every sharing."""
+    menu = tuple(Partition(units - d, d) for d in range(units + 1))
+    return Device(units, menu, layers, frozenset(Sharing), name="conformance")
 
 
 def random_requests(rng: random.Random, count: int, pool_tokens: int) -> list[Request]:

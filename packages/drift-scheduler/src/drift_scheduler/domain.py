@@ -26,6 +26,11 @@ class Sharing(Enum):
     TEMPORAL = "temporal"  # decode, then some prefill layers, each on the whole device
     FUSED = "fused"  # one mixed forward pass over decode tokens and a prefill chunk
     EXCLUSIVE = "exclusive"  # one phase alone on the whole device
+    STREAMS = "streams"  # both lanes at once, each free to take any unit: two streams and no partition
+
+
+DIVIDING = frozenset(Sharing) - {Sharing.STREAMS}
+"""The sharings that decide who runs where and when. Streams leave that to the hardware; few executors offer them."""
 
 
 class Lane(Enum):
@@ -198,6 +203,7 @@ class Gang:
     work for the other lane alone, under the partition in force. An exclusive gang carries one phase on
     `Device.all_prefill` or `Device.all_decode`. Temporal and fused gangs carry both phases on the whole device
     (`Device.all_decode`): both run in sequence, or in one pass, and no other gang starts until both are done.
+    A streams gang carries either phase or both under `Device.unpartitioned`, beside whatever else runs so.
     """
 
     sharing: Sharing
@@ -210,15 +216,17 @@ class Gang:
 class Device:
     """What an executor offers: units in all, the menu of partitions, layers of the model, sharings it runs.
 
-    `repartition_while_busy`: whether a partition may change under a busy lane. `name` is for people.
+    `repartition_while_busy`: whether a partition may change under a busy lane. `name` is for people. `system`: a
+    simulated cluster laid out as the system of that name, whose units may be whole accelerators; empty otherwise.
     """
 
     total_units: int
     menu: tuple[Partition, ...]
     num_layers: int
-    sharings: frozenset[Sharing] = frozenset(Sharing)
+    sharings: frozenset[Sharing] = DIVIDING
     repartition_while_busy: bool = False
     name: str = "device"
+    system: str = ""
 
     @cached_property
     def all_prefill(self) -> Partition:
@@ -229,6 +237,11 @@ class Device:
     def all_decode(self) -> Partition:
         """The whole device for decode."""
         return Partition(0, self.total_units)
+
+    @cached_property
+    def unpartitioned(self) -> Partition:
+        """Every unit for both lanes at once: what streams run on. Not on the menu, as nothing is divided."""
+        return Partition(self.total_units, self.total_units)
 
     def splits(self) -> tuple[Partition, ...]:
         """Menu entries on which both lanes run, fewest decode units first."""

@@ -32,6 +32,10 @@ def check_gang(view: View, gang: Gang) -> None:
 
 def _check_partition(view: View, gang: Gang) -> None:
     partition, device = gang.partition, view.device
+    if gang.sharing is Sharing.STREAMS:
+        if partition != device.unpartitioned:
+            raise IllegalGangError(f"streams gang on partition {partition} instead of {device.unpartitioned}")
+        return
     if partition not in device.menu:
         menu = ", ".join(str(p) for p in device.menu)
         raise IllegalGangError(f"partition {partition} off the menu ({menu})")
@@ -63,16 +67,19 @@ def _check_lanes(view: View, gang: Gang) -> None:
     if not (view.prefill_lane.busy or view.decode_lane.busy):
         _check_alone(view, gang)
         return
-    if gang.sharing is not Sharing.SPATIAL or view.sharing is not Sharing.SPATIAL:
+    if gang.sharing is not view.sharing or gang.sharing not in (Sharing.SPATIAL, Sharing.STREAMS):
         raise IllegalGangError(f"{gang.sharing.value} gang beside a busy lane")
     if gang.partition != view.partition and not view.device.repartition_while_busy:
         raise IllegalGangError(f"partition {gang.partition} under a lane busy on {view.partition}")
 
 
 def _check_alone(view: View, gang: Gang) -> None:
-    """Slicing without a decode beside it only costs launches: a prefill alone is one block on the whole device."""
+    """Slicing without a decode beside it only costs launches: a prefill alone is one block on the whole device.
+
+    Not so where no partition is set, or where a lane's units are accelerators of its own.
+    """
     block = gang.prefill
-    if block is None or gang.decode is not None:
+    if block is None or gang.decode is not None or gang.sharing is Sharing.STREAMS or view.device.system:
         return
     if gang.sharing is not Sharing.EXCLUSIVE or block.layer_stop != view.device.num_layers:
         raise IllegalGangError("a prefill with decode idle that is not one block on the whole device")

@@ -164,7 +164,7 @@ class LaneTime:
     busy_unit_seconds: float = 0.0
     sharing: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(
-            ("spatial", "temporal", "fused", "exclusive_prefill", "exclusive_decode", "idle"), 0.0
+            ("spatial", "temporal", "fused", "streams", "exclusive_prefill", "exclusive_decode", "idle"), 0.0
         )
     )
 

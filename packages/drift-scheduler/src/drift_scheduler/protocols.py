@@ -60,7 +60,11 @@ class KvPool(Protocol):
 
 
 class CostModel(Protocol):
-    """Predicted lane seconds. Solo predictions; `slowdown` is the worst case of running side by side."""
+    """Predicted lane seconds. Solo predictions; `slowdown` is the worst case of running side by side.
+
+    Optional attributes, seconds: `block_seconds`, launching one more prefill block, and `switch_seconds`, changing the
+    partition; the scheduler adds them to what it predicts of a gang.
+    """
 
     def prefill(self, work: PrefillShape, units: int) -> float:
         """Seconds for all layers of a prefill on `units` units with the rest of the device idle."""
@@ -90,7 +94,12 @@ class PartitionPolicy(Protocol):
 
 @runtime_checkable
 class DispatchPolicy(Protocol):
-    """Decides the next gang from a read-only view."""
+    """Decides the next gang from a read-only view.
+
+    Optional: `refuses(device) -> str | None`, asked once by the scheduler; a line it returns is why the policy cannot
+    run on that device, and ends the start. Optional: `arrange(setting) -> Setting`, for a policy of another system
+    that simulates on a cluster laid out its own way (see `drift_scheduler.simulation.cluster`).
+    """
 
     def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
         """The next gang for the idle lanes, or `None` to leave things as they are until the next event."""

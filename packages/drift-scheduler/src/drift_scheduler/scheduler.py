@@ -42,6 +42,7 @@ from drift_scheduler.domain import (
     Step,
     Tokens,
 )
+from drift_scheduler.errors import DriftError
 from drift_scheduler.legality import IllegalGangError, check_gang
 from drift_scheduler.lifecycle import Signal, State, advance
 from drift_scheduler.live_view import LiveView
@@ -49,6 +50,14 @@ from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, Partiti
 from drift_scheduler.rows import DecodeRows
 
 QueueKey = tuple[int, int, float, int]
+
+
+def refuse(device: Device, dispatch: DispatchPolicy) -> None:
+    """Raise DriftError where the policy says, by its optional `refuses(device)`, that it cannot run there."""
+    ask = getattr(dispatch, "refuses", None)
+    reason = ask(device) if ask is not None else None
+    if reason:
+        raise DriftError(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +204,9 @@ class Scheduler:
         self.preemptions = 0
         self.policy_faults = 0
         self.steps = 0
+        refuse(device, dispatch)
+        self._block_seconds = float(getattr(costs, "block_seconds", 0.0))
+        self._switch_seconds = float(getattr(costs, "switch_seconds", 0.0))
         self._dispatch = dispatch
         self._partitions = partitions
         self._fallback: DispatchPolicy = Alternate()
@@ -705,7 +717,7 @@ class Scheduler:
         prefill, decode = self.prefill_flight, self.decode_flight
         if prefill is None or decode is None or prefill.gang.sharing is Sharing.TEMPORAL:
             return
-        prefill.overlapped = decode.overlapped = prefill.gang.sharing is Sharing.SPATIAL
+        prefill.overlapped = decode.overlapped = prefill.gang.sharing is not Sharing.FUSED
         if prefill.beside_decode is None:
             prefill.beside_decode = decode.gang.decode.shape() if decode.gang.decode is not None else None
         if decode.beside_prefill is None:
@@ -720,12 +732,15 @@ class Scheduler:
             return both, both
         spatial = gang.sharing is Sharing.SPATIAL
         t_prefill = t_decode = 0.0
+        switched = self.last_gang is not None and self.last_gang.partition != gang.partition
+        delay = self._switch_seconds if switched else 0.0
         if prefill is not None:
             units = gang.partition.prefill if spatial else total
             t_prefill = costs.prefill(prefill.shape(), units) * prefill.layers / self.device.num_layers
+            t_prefill += delay + self._block_seconds
         if decode is not None:
             units = gang.partition.decode if spatial else total
-            t_decode = costs.decode(decode.shape(), units)
+            t_decode = costs.decode(decode.shape(), units) + delay
         return t_prefill, t_decode
 
     # ------------------------------------------------------------------------------------- questions

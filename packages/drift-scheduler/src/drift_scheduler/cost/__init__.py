@@ -37,5 +37,29 @@ def roofline(
     return build(device, model, slowdown_prefill, slowdown_decode)
 
 
-FACTORIES: Mapping[str, Callable[..., CostModel]] = MappingProxyType({"fitted": fitted, "roofline": roofline})
+def online(
+    device: str,
+    model: str,
+    base: str = "",
+    table: str = "",
+    rate: float = 0.05,
+    ceiling: float = 2.0,
+) -> CostModel:
+    """Either of the others (`base`; by default the fitted one where a table exists), corrected from observed steps."""
+    from drift_scheduler.cost.hardware import installed, model_spec
+    from drift_scheduler.cost.online import OnlineCost
+    from drift_scheduler.cost.table import table_name
+    from drift_scheduler.errors import OptionError
+
+    if not base:
+        base = "fitted" if table or table_name(device, model) in installed("tables") else "roofline"
+    if base not in ("fitted", "roofline"):
+        raise OptionError(f"option 'base' is '{base}', need fitted or roofline")
+    inner = fitted(table, device, model) if base == "fitted" else roofline(device, model)
+    return OnlineCost(inner, model_spec(model).num_layers, rate, ceiling)
+
+
+FACTORIES: Mapping[str, Callable[..., CostModel]] = MappingProxyType(
+    {"fitted": fitted, "roofline": roofline, "online": online}
+)
 """What the built-in plugin registers under `drift_cost_models`."""

@@ -94,8 +94,11 @@ def _cell(prefill: PrefillShape | None, decode: DecodeShape | None, partition: P
 
 
 def refine(guard: ContentionGuard, model: CostModel, seen: Observation, num_layers: int) -> None:
-    """Record an overlapped spatial observation in the guard, against the model's own solo time."""
-    if not seen.overlapped or seen.sharing is not Sharing.SPATIAL or seen.measured <= 0:
+    """Record an observation from beside the other lane in the guard, against the model's own solo time."""
+    if not seen.overlapped or seen.measured <= 0:
+        return
+    beside = (Sharing.SPATIAL, Sharing.STREAMS)  # streams fill cells of their own, having all units for both
+    if seen.sharing not in beside:
         return
     if seen.lane is Lane.DECODE and seen.decode is not None:
         solo = model.decode(seen.decode, seen.partition.decode)

@@ -25,6 +25,18 @@ class _Rates:
     per_kv_byte: float
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Seconds of a mixed pass by what bounds them: products, reading weights, prefill attention, reading KV for decode,
+    all-reduces. Fixed times are not among them."""
+
+    linear: float
+    weights: float
+    attention: float
+    kv: float
+    link: float
+
+
 def roofline(
     device: str,
     model: str,
@@ -86,15 +98,30 @@ class RooflineCost:
 
     def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
         """Seconds for one mixed pass: one reading of the weights, the sum of everything else."""
+        p = self.parts(prefill, decode, units)
+        return _either(p.linear, p.weights) + p.attention + p.kv + p.link + self._fixed
+
+    def nano_batched(self, prefill: PrefillShape, decode: DecodeShape, units: int, passes: int) -> float:
+        """Seconds for one mixed pass split into `passes` nano-batches whose compute, memory and link work overlap.
+
+        Weights are read and kernels launched once per nano-batch; what overlaps is bound by the longest, rounded
+        off where bounds meet.
+        """
+        p = self.parts(prefill, decode, units)
+        memory = passes * p.weights + p.kv
+        return _either(_either(p.linear + p.attention, memory), p.link) + passes * self._fixed
+
+    def parts(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> Parts:
+        """What a mixed pass is made of."""
         r = self._by_units.get(units) or self._rates(units)
         tokens = prefill.new_tokens + decode.batch
         linear = self._body_flops * tokens + self._head_flops * (prefill.requests + decode.batch)
-        return (
-            _either(linear * r.per_flop, self._weights * r.per_weight_byte)
-            + self._prefill_attention(prefill, r)
-            + self._kv * decode.context_tokens * r.per_kv_byte
-            + self._per_token * tokens
-            + self._fixed
+        return Parts(
+            linear=linear * r.per_flop,
+            weights=self._weights * r.per_weight_byte,
+            attention=self._prefill_attention(prefill, r),
+            kv=self._kv * decode.context_tokens * r.per_kv_byte,
+            link=self._per_token * tokens,
         )
 
     def slowdown(

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil, inf
 
 from drift_scheduler.dispatch.exclusive import Alternate, exclusive_decode
@@ -31,15 +32,25 @@ from drift_scheduler.view import View
 
 class GangPolicy:
     """`max_batch_tokens`: most uncomputed tokens of one prefill batch. `urgent_scan`: queued requests looked at for an
-    urgent one at each layer boundary; 0 turns preemption off."""
+    urgent one at each layer boundary; 0 turns preemption off. `slice_layers`: false launches every prefill whole, for
+    showing what slicing is worth."""
 
-    def __init__(self, max_batch_tokens: int = 8192, urgent_scan: int = 16) -> None:
+    def __init__(
+        self, max_batch_tokens: int = 8192, urgent_scan: int = 16, slice_layers: bool = True
+    ) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
         self._scan = positive("urgent_scan", urgent_scan + 1) - 1
+        self._slice = slice_layers
         self._undivided = Alternate(max_batch_tokens)  # for a device too small to split
 
     def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
         """What the idle lanes do next."""
+        gang = self._choose(view, costs, partitions)
+        if self._slice or gang is None or gang.prefill is None:
+            return gang
+        return replace(gang, prefill=replace(gang.prefill, layer_stop=view.device.num_layers))
+
+    def _choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
         if not view.device.splits():
             return self._undivided.choose(view, costs, partitions)
         if view.prefill_lane.busy:

@@ -4,8 +4,9 @@ Knows what work costs (the *truth*, which need not be what the scheduler believe
 stop; knows nothing of policies or pages. Arrivals are pulled one ahead, so memory grows with requests alive, never
 with the trace. The same inputs and seed give the same events.
 
-Lanes are fluid: work is solo seconds, and while both lanes run spatially each advances at 1 / its slowdown factor,
-worked out anew whenever either lane starts or ends. It is also the referee: more units in use than the device has,
+Lanes are fluid: work is solo seconds, and while both lanes run side by side each advances at 1 / its slowdown factor,
+worked out anew whenever either lane starts or ends. The host is one thread: while it launches a prefill's kernels, what
+ends meanwhile is noticed only afterwards. It is also the referee: more units in use than the device has,
 a partition changed under a busy lane, or blocks of a batch out of layer order are AssertionErrors.
 """
 
@@ -35,6 +36,8 @@ from drift_scheduler.protocols import CostModel
 Failure = Callable[[Lane, PrefillBlock | DecodeStep], str | None]
 """Asked when work is launched; a message makes it fail at its end (for tests)."""
 
+SIDE_BY_SIDE = frozenset({Sharing.SPATIAL, Sharing.STREAMS})
+
 PATIENCE = 10_000
 """Wake-ups in a row with nothing running and nothing to come, after which the executor shuts down."""
 
@@ -42,12 +45,19 @@ PATIENCE = 10_000
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """What the truth's solo times leave out, seconds: launching a prefill block or a decode step, and changing
-    the partition. `noise` is the standard deviation of the logarithm of a duration's random factor."""
+    the partition. `noise` is the standard deviation of the logarithm of a duration's random factor.
+
+    `launch_layer_seconds`: the host's time to launch one layer of a prefill or a fused pass, kernel by kernel; no layer
+    runs faster, and no event is noticed meanwhile. A decode step is one captured graph and costs the host nothing.
+    `polling`: whether the host looks at events while a prefill block runs; without, it waits for the block's end.
+    """
 
     block_seconds: float = 0.0
     step_seconds: float = 0.0
     switch_seconds: float = 0.0
     noise: float = 0.0
+    launch_layer_seconds: float = 0.0
+    polling: bool = True
 
 
 class _Work:
@@ -102,6 +112,7 @@ class SimulatedExecutor:
         self._next_request = next(self._requests, None)
         self._next_interruption = next(self._interruptions, None)
         self._idle_wakes = 0
+        self._host_free = 0.0  # when the host has launched everything it was given
 
     @property
     def device(self) -> Device:
@@ -125,6 +136,7 @@ class SimulatedExecutor:
                 self._start_lanes(gang, delay)
         if gang.prefill is not None:
             self._advance_batch(gang.prefill)
+            self._host_free = self._now + gang.prefill.layers * self._overheads.launch_layer_seconds
 
     def wait(self, until: float | None) -> Sequence[Event] | None:
         """Jump to the next event, or to `until` if that comes first, and return what happens there (maybe nothing)."""
@@ -136,6 +148,9 @@ class SimulatedExecutor:
             self._now = max(self._now, until)
             return ()
         self._idle_wakes = 0
+        due = max(due, self._host_free)
+        if not self._overheads.polling and self._prefill is not None:
+            due = max(due, self._prefill.end)
         if until is not None and until < due:
             self._advance(max(self._now, until))
             return ()
@@ -170,6 +185,7 @@ class SimulatedExecutor:
         assert gang.prefill is not None
         block = gang.prefill
         seconds = self._truth.fused(block.shape(), gang.decode.shape(), self._device.total_units)
+        seconds = max(seconds, block.layers * self._overheads.launch_layer_seconds)
         seconds = delay + self._noisy(seconds + self._overheads.step_seconds + self._overheads.block_seconds)
         self._decode = self._work(gang, gang.decode, seconds)
         self._prefill = self._work(gang, block, seconds)
@@ -181,8 +197,9 @@ class SimulatedExecutor:
         return _Work(work, gang, self._now, seconds, failure)
 
     def _prefill_seconds(self, block: PrefillBlock, units: int) -> float:
-        solo = self._truth.prefill(block.shape(), units) * (block.layer_stop - block.layer_start)
-        return self._noisy(solo / self._device.num_layers + self._overheads.block_seconds)
+        per_layer = self._truth.prefill(block.shape(), units) / self._device.num_layers
+        per_layer = max(per_layer, self._overheads.launch_layer_seconds)
+        return self._noisy(per_layer * block.layers + self._overheads.block_seconds)
 
     def _decode_seconds(self, step: DecodeStep, units: int) -> float:
         return self._noisy(self._truth.decode(step.shape(), units) + self._overheads.step_seconds)
@@ -220,7 +237,7 @@ class SimulatedExecutor:
     def _contend(self) -> None:
         """Set both lanes' rates for who runs now; called whenever a lane starts or ends."""
         prefill, decode = self._prefill, self._decode
-        if prefill is None or decode is None or prefill.gang.sharing is not Sharing.SPATIAL:
+        if prefill is None or decode is None or prefill.gang.sharing not in SIDE_BY_SIDE:
             for work in (prefill, decode):
                 if work is not None and work.rate != 1.0:
                     self._set_rate(work, 1.0)
@@ -276,7 +293,8 @@ class SimulatedExecutor:
         if done.failure is not None:
             return LaneFailed(Lane.DECODE, done.failure)
         assert isinstance(done.work, DecodeStep)
-        return DecodeDone(self._now - done.started, stopped=self._lengths.decoded(done.work.request_ids))
+        seconds = min(self._now, done.end) - done.started
+        return DecodeDone(seconds, stopped=self._lengths.decoded(done.work.request_ids))
 
     def _prefill_done(self, done: _Work) -> Event:
         block = done.work
@@ -287,7 +305,7 @@ class SimulatedExecutor:
         stopped: tuple[str, ...] = ()
         if block.layer_stop == self._device.num_layers:
             stopped = self._lengths.prefilled([chunk.request_id for chunk in block.chunks if chunk.last])
-        return PrefillDone(self._now - done.started, stopped=stopped)
+        return PrefillDone(min(self._now, done.end) - done.started, stopped=stopped)
 
     # ---------------------------------------------------------------------------------------- referee
 
@@ -297,7 +315,7 @@ class SimulatedExecutor:
             "prefill for a busy prefill lane"
         )
         assert gang.decode is None or self._decode is None, "decode for a busy decode lane"
-        units = self._units_in_use(gang)
+        units = 0 if self._all_streams(gang) else self._units_in_use(gang)
         assert units <= self._device.total_units, (
             f"{gang.sharing.value} gang on {gang.partition} with {self._busy()} running needs "
             f"{units} units of {self._device.total_units}"
@@ -308,6 +326,11 @@ class SimulatedExecutor:
             )
         if gang.prefill is not None:
             self._check_layers(gang.prefill)
+
+    def _all_streams(self, gang: Gang) -> bool:
+        """Whether no partition is in force: then every unit serves whoever asks."""
+        running = (work.gang for work in (self._prefill, self._decode) if work is not None)
+        return all(g.sharing is Sharing.STREAMS for g in (gang, *running))
 
     def _units_in_use(self, gang: Gang) -> int:
         """Units that would be busy at once; a temporal or fused gang, and each half of it, takes them all."""

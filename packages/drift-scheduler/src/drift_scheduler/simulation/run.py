@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from drift_scheduler.cost.contention import Contended
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.hardware import (
     DeviceSpec,
@@ -23,15 +24,17 @@ from drift_scheduler.cost.hardware import (
     model_spec,
     simulated_device,
 )
+from drift_scheduler.cost.launch import Launched, innermost
 from drift_scheduler.cost.table import table_name
 from drift_scheduler.domain import SLO, Device, Request
 from drift_scheduler.errors import DriftError, OptionError
 from drift_scheduler.loop import serve
 from drift_scheduler.metrics import Metrics
 from drift_scheduler.plugins import Registry, load
-from drift_scheduler.protocols import CostModel, KvPool, Observer
+from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, Observer
 from drift_scheduler.report import Report, build_report
 from drift_scheduler.scheduler import Limits, Scheduler
+from drift_scheduler.simulation.cluster import Setting
 from drift_scheduler.simulation.executor import Overheads, SimulatedExecutor
 from drift_scheduler.simulation.kv import CountingKv
 
@@ -105,21 +108,28 @@ class Simulation:
         self.scenario = scenario
         registry = load() if registry is None else registry
         device, model = device_spec(scenario.device), model_spec(scenario.model)
-        self.costs: CostModel = cost_model(registry, scenario.cost_name, scenario)
-        self.truth: CostModel = cost_model(registry, scenario.truth or scenario.cost_name, scenario)
-        self.device = _device(device, model, self.costs)
-        self.kv: KvPool = CountingKv(_pages(scenario, device, model), scenario.page_tokens)
+        dispatch = create(registry, "dispatch policy", scenario.dispatch)
+        setting = _arrange(_setting(scenario, registry, device, model), dispatch)
+        self.costs: CostModel = Launched(setting.costs, device, model.num_layers)
+        self.truth: CostModel = Launched(setting.truth, device, model.num_layers)
+        if not setting.device.system:
+            self.truth = Contended(self.truth, device, model)
+        self.device = setting.device
+        self.kv: KvPool = setting.kv
         self.scheduler = Scheduler(
             self.device,
             self.kv,
-            create(registry, "dispatch policy", scenario.dispatch),
+            dispatch,
             create(registry, "partition policy", scenario.partition),
             self.costs,
-            Limits(max_running=scenario.max_running, max_context_tokens=model.max_context),
+            Limits(max_running=scenario.max_running, max_context_tokens=setting.max_context),
         )
         self.requests = workload(registry, scenario)
         self.overheads = Overheads(
-            block_seconds=device.block_us * 1e-6, switch_seconds=device.switch_us * 1e-6, noise=scenario.noise
+            block_seconds=device.block_us * 1e-6,
+            switch_seconds=device.switch_us * 1e-6,
+            noise=scenario.noise,
+            launch_layer_seconds=device.launch_layer_us * 1e-6,
         )
         self.metrics = Metrics(self.device, self.kv)
 
@@ -230,8 +240,34 @@ def _check(scenario: Scenario) -> None:
             raise OptionError(f"{name} is {count}, need at least 1")
 
 
+def _setting(scenario: Scenario, registry: Registry, device: DeviceSpec, model: ModelSpec) -> Setting:
+    """The device as it is, before a policy of another system lays it out its own way."""
+    costs = cost_model(registry, scenario.cost_name, scenario)
+    return Setting(
+        spec=device,
+        model=model,
+        device=_device(device, model, costs),
+        costs=costs,
+        truth=cost_model(registry, scenario.truth or scenario.cost_name, scenario),
+        kv=CountingKv(_pages(scenario, device, model), scenario.page_tokens),
+        kv_pages=scenario.kv_pages,
+        page_tokens=scenario.page_tokens,
+        max_context=model.max_context,
+    )
+
+
+def _arrange(setting: Setting, dispatch: DispatchPolicy) -> Setting:
+    """As the policy wants it, where it has a say (`DispatchPolicy.arrange`)."""
+    arrange = getattr(dispatch, "arrange", None)
+    if arrange is None:
+        return setting
+    arranged: Setting = arrange(setting)
+    return arranged
+
+
 def _device(spec: DeviceSpec, model: ModelSpec, costs: CostModel) -> Device:
     """The simulated device; a fitted table brings its own menu, and must be of this device and model."""
+    costs = innermost(costs)
     if not isinstance(costs, FittedCost):
         return simulated_device(spec, model)
     table = costs.table

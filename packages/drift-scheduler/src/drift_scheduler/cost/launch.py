@@ -1,0 +1,91 @@
+"""How a device launches work, on top of any cost model: graph buckets, the host's pace, blocks and switches.
+
+Applied to what a simulated device does and to what the scheduler believes alike, so that neither is surprised by the
+other. Knows how long nothing takes but launching; the model it wraps knows the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from drift_scheduler.cost.hardware import DeviceSpec
+from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
+from drift_scheduler.protocols import CostModel
+
+
+class Launched:
+    """Implements `CostModel` around another (`inner`).
+
+    Decode runs as captured graphs: a batch is padded to the next captured size (1, 2, 4 and multiples of `graph_step`),
+    the padding reading no KV: the staircase. Prefill and fused passes are launched kernel by kernel, so no layer takes
+    less than `launch_layer_us` of the host's time. `block_seconds` and `switch_seconds` are what the scheduler
+    adds per prefill block and per change of partition.
+    """
+
+    def __init__(self, inner: CostModel, device: DeviceSpec, num_layers: int) -> None:
+        self.inner = inner
+        self.block_seconds = device.block_us * 1e-6
+        self.switch_seconds = device.switch_us * 1e-6
+        self._step = device.graph_step
+        self._floor = device.launch_layer_us * 1e-6 * num_layers
+
+    def prefill(self, work: PrefillShape, units: int) -> float:
+        """Seconds for all layers, at least the time to launch them."""
+        return max(self.inner.prefill(work, units), self._floor)
+
+    def decode(self, work: DecodeShape, units: int) -> float:
+        """Seconds for the graph that holds the batch."""
+        size = bucket(work.batch, self._step)
+        padded = work if size == work.batch else DecodeShape(size, work.context_tokens)
+        return self.inner.decode(padded, units)
+
+    def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
+        """Seconds for one mixed pass, at least the time to launch it."""
+        return max(self.inner.fused(prefill, decode, units), self._floor)
+
+    def slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
+        """The inner model's."""
+        return self.inner.slowdown(prefill, decode, partition)
+
+    def observe(self, observation: Observation) -> None:
+        """Hand on what was measured, less what launching explains, so that the inner model learns only the rest."""
+        share = self._inner_share(observation)
+        if share != 1.0:
+            observation = replace(observation, measured=observation.measured * share)
+        self.inner.observe(observation)
+
+    def _inner_share(self, seen: Observation) -> float:
+        """The inner model's time over ours for the observed work."""
+        if seen.sharing is Sharing.FUSED:
+            return 1.0
+        spatial = seen.sharing is Sharing.SPATIAL
+        if seen.lane is Lane.DECODE and seen.decode is not None:
+            size = bucket(seen.decode.batch, self._step)
+            if size == seen.decode.batch:
+                return 1.0
+            units = seen.partition.decode if spatial else max(seen.partition)
+            ours = self.decode(seen.decode, units)
+            return self.inner.decode(seen.decode, units) / ours if ours > 0 else 1.0
+        if seen.lane is Lane.PREFILL and seen.prefill is not None and self._floor:
+            units = seen.partition.prefill if spatial else max(seen.partition)
+            inner = self.inner.prefill(seen.prefill, units)
+            return inner / self._floor if inner < self._floor else 1.0
+        return 1.0
+
+
+def bucket(batch: int, step: int) -> int:
+    """The captured size that holds `batch`: 1, 2, 4, or a multiple of `step`; with `step` 0 nothing is captured."""
+    if not step or batch <= 2:
+        return batch
+    if batch <= 4 < step:
+        return 4
+    return -(-batch // step) * step
+
+
+def innermost(costs: CostModel) -> CostModel:
+    """The model inside whatever wraps it."""
+    while (inner := getattr(costs, "inner", None)) is not None:
+        costs = inner
+    return costs
