@@ -1,6 +1,6 @@
 """Train the embedded demo model from the documentation of the Python that runs this script.
 
-    python packages/drift-core/tools/train_demo_model.py --steps 820 --compile --out DIR
+    python packages/drift-core/tools/train_demo_model.py --steps 660 --compile --out DIR
 
 Seeded and resumable: the batch of a step depends on the seed and the step alone, the training state is kept
 in safetensors, and the same Python, torch, processor and thread count repeat the run. Needs torch,
