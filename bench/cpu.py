@@ -35,6 +35,7 @@ from rich.table import Table  # noqa: E402
 
 from drift_core import profile_cache  # noqa: E402
 from drift_core.assembly import cpu_device, cpu_executor, pin_with  # noqa: E402
+from drift_core.executor import CpuExecutor  # noqa: E402
 from drift_core.kv import plan_pool  # noqa: E402
 from drift_core.model.config import ModelConfig, Rope, load_config  # noqa: E402
 from drift_core.model.decoder import Decoder, KvCache  # noqa: E402
@@ -51,6 +52,7 @@ from drift_scheduler.domain import (  # noqa: E402
     DecodeShape,
     Finished,
     FinishReason,
+    Gang,
     PrefillShape,
     Request,
     Step,
@@ -112,6 +114,7 @@ class Outcome:
     ttft: list[float] = field(default_factory=list)
     tbt: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
+    submit: list[float] = field(default_factory=list)
     seconds: float = 0.0
     requests: int = 0
     output_tokens: int = 0
@@ -130,7 +133,20 @@ class Outcome:
             "total_tokens_per_s": (self.output_tokens + self.prompt_tokens) / self.seconds,
             "requests_per_s": self.requests / self.seconds,
             "scheduler_step_us_p50": _quantile(self.step, 50) * 1e6,
+            "submit_us_p50": _quantile(self.submit, 50) * 1e6,
         }
+
+
+def timed_submit(executor: CpuExecutor, seconds: list[float]) -> None:
+    """Note how long the engine's thread takes to build and hand over each gang."""
+    submit = executor.submit
+
+    def timed(gang: Gang) -> None:
+        begun = time.perf_counter()
+        submit(gang)
+        seconds.append(time.perf_counter() - begun)
+
+    executor.submit = timed  # type: ignore[method-assign]
 
 
 class Watcher:
@@ -219,6 +235,7 @@ def _bench(
         "token_budget": budget,
         "rounds": rounds,
         "capacity_requests_per_s": capacity,
+        "ideal_work_ratio_by_the_table": _ideal(subject),
         "slowdown": [list(row) for row in ((r.prefill_factor, r.decode_factor) for r in subject.table.slowdown)],
         "loads": loads,
         "found": _found(loads),
@@ -246,6 +263,7 @@ def _run(
     """Serve the arrivals once, from an empty cache."""
     plan = plan_pool(_pool_bytes(subject), _page_bytes(subject), 16, subject.config.max_context)
     executor = cpu_executor(subject.decoder, subject.cache, plan, affinity)
+    timed_submit(executor, outcome.submit)
     executor.warm_up()
     name, _, option = policy.partition(":")
     fields = {key: int(value) for key, value in [option.split("=")] if option} if option else {}
@@ -283,6 +301,17 @@ def _shifted(arrivals: Sequence[Request], begun: float) -> Iterator[Request]:
             slo=request.slo,
             prompt=request.prompt,
         )
+
+
+def _ideal(subject: Subject) -> float:
+    """What splitting could gain by the table if no lane ever idled: the shares of its speed that each side keeps."""
+    costs = subject.costs()
+    prompt = PrefillShape.of([(round(_mean_length(subject.prompt)), 0)])
+    step = DecodeShape(8, round(8 * _mean_length(subject.prompt)))
+    whole, row = subject.table.total_units, subject.table.slowdown[0]
+    prefill = costs.prefill(prompt, whole) / (costs.prefill(prompt, row.prefill_units) * row.prefill_factor)
+    decode = costs.decode(step, whole) / (costs.decode(step, row.decode_units) * row.decode_factor)
+    return prefill + decode
 
 
 def _arrivals(subject: Subject, rate: float, seconds: float, seed: int) -> list[Request]:
@@ -351,7 +380,7 @@ def _subject(name: str, affinity: CpuAffinity, console: Console) -> Subject:
     begun = time.perf_counter()
     table = measure(decoder, cache, device, pin_with(affinity), grid, model=name)
     console.print(f"  {decoder.ops.description}; profiled in {time.perf_counter() - begun:.1f} s")
-    lengths = ((16, min(700, config.max_context // 2)), (16, 64)) if name == "demo" else ((32, 768), (32, 96))
+    lengths = ((16, min(700, config.max_context // 2)), (16, 64)) if name == "demo" else ((32, 512), (16, 64))
     return Subject(name, config, decoder, cache, table, *lengths)
 
 
@@ -407,17 +436,20 @@ def _print(name: str, model: dict[str, Any]) -> None:
         "output tok/s",
         "all tok/s",
         "step",
+        "submit",
     ):
         table.add_column(heading, justify="left" if heading in ("load", "policy") else "right")
     for load, policies in model["loads"].items():
         for policy, row in policies.items():
             times = [f"{row[key] * 1e3:,.1f} ms" for key in ("ttft_p50", "ttft_p99", "tbt_p50", "tbt_p99")]
             rates = [f"{row[key]:,.0f}" for key in ("output_tokens_per_s", "total_tokens_per_s")]
-            table.add_row(load, policy, *times, *rates, f"{row['scheduler_step_us_p50']:.0f} us")
+            host = [f"{row[key]:.0f} us" for key in ("scheduler_step_us_p50", "submit_us_p50")]
+            table.add_row(load, policy, *times, *rates, *host)
         table.add_section()
-    Console(width=130).print(table)
+    Console(width=140).print(table)
     found = model["found"]
     print(
+        f"by the profile, splitting could do {model['ideal_work_ratio_by_the_table']:.2f}x the work at best; "
         f"gang does {found['work_of_gang_over_alternate']:.2f}x the work of strict alternation (saturated); "
         f"p99 TBT of unchunked prefill is {found['tbt_p99_of_unchunked_prefill_over_gang']:.1f}x (paced) and "
         f"{found['saturated_tbt_p99_of_unchunked_prefill_over_gang']:.1f}x (saturated) that of gang, "
