@@ -128,7 +128,7 @@ def test_the_log_has_a_line_per_step_and_is_also_a_trace(tmp_path: Path) -> None
     assert head["device"]["layers"] == 32
     assert len(steps) == report["scheduler"]["steps"]
     arrived = [e["arrived"]["id"] for s in steps for e in s["events"] if "arrived" in e]
-    finished = [request_id for s in steps for request_id, _ in s.get("finished", ())]
+    finished = [request_id for s in steps for request_id in (end["id"] for end in s.get("finished", ()))]
     assert sorted(arrived) == sorted(finished)
     assert len(arrived) == 60
     lanes = [lane for s in steps for lane in s.get("lanes", ())]

@@ -83,7 +83,7 @@ def assemble(config: EngineConfig, progress: Progress) -> Engine:
             executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
         )
         observers = registry.observers(settings)
-        decisions = DecisionLog(config.log, executor.device, settings) if config.log else None
+        decisions = DecisionLog(config.log, scheduler, settings) if config.log else None
         return Engine(config, setup.model, setup.directory, executor, scheduler, observers, decisions)
     except BaseException:
         executor.close()

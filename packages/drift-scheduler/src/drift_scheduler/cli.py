@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from drift_scheduler import cli_bench, cli_replay
 from drift_scheduler.errors import DriftError
+from drift_scheduler.plugin_kit import commands as plugin_commands
 
 if TYPE_CHECKING:
     from drift_scheduler.domain import StepRecord
@@ -141,7 +143,9 @@ def simulate(
             from drift_scheduler.decision_log import DecisionLog
 
             observers.append(
-                stack.enter_context(DecisionLog(log_path, simulation.device, simulation.scenario.config()))
+                stack.enter_context(
+                    DecisionLog(log_path, simulation.scheduler, simulation.scenario.config(), "simulation")
+                )
             )
         if sys.stderr.isatty():
             observers.append(stack.enter_context(_Progress(settings["requests"])))
@@ -153,6 +157,12 @@ def _stopwatch() -> Callable[[], float]:
     from time import perf_counter
 
     return perf_counter
+
+
+def _clocks() -> tuple[Callable[[], float], Callable[[], float]]:
+    from time import perf_counter, thread_time
+
+    return perf_counter, thread_time
 
 
 def emit(report: dict[str, Any], json_path: str | None) -> None:
@@ -214,7 +224,7 @@ def workloads(json_path: str | None) -> None:
 
 @drift.group()
 def plugins() -> None:
-    """What is installed."""
+    """What is installed; start a policy of your own, and hold it to the rules."""
 
 
 @plugins.command("list")
@@ -277,6 +287,13 @@ def _write(path: str, text: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise DriftError(f"{path}: {error.strerror or error}") from error
+
+
+for _command in cli_bench.commands(simulate, _registry, _dump):
+    drift.add_command(_command)
+drift.add_command(cli_replay.command(_registry, _dump))
+for _command in plugin_commands.commands(_registry, _dump, _clocks):
+    plugins.add_command(_command)
 
 
 def main() -> None:

@@ -3,14 +3,20 @@
 `exercise(policy)` drives a real `Scheduler` with an executor whose lanes finish in random order after random times,
 whose clients cancel at random and whose lanes sometimes fail, on a KV pool that may be far too small, and checks every
 gang and every output. Used by our own tests and by plugin authors for theirs.
+
+`CASES` are rides worth taking, `run_case(case, dispatch=MyPolicy())` takes one, `conform(outcome)` says whether the
+policy came through by its own decisions; `drift plugins check` does that. `record_golden` and `compare_golden` keep
+what a policy decided in a file, so that a change of its mind is a difference in a test and not a surprise in service.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from drift_scheduler.domain import (
     SLO,
@@ -37,9 +43,12 @@ from drift_scheduler.domain import (
 )
 from drift_scheduler.loop import serve
 from drift_scheduler.partition.tightest_decode import TightestDecode
-from drift_scheduler.protocols import CostModel, DispatchPolicy, PartitionPolicy
+from drift_scheduler.protocols import CostModel, DispatchPolicy, Observer, PartitionPolicy
 from drift_scheduler.scheduler import Limits, Scheduler
 from drift_scheduler.simulation.kv import CountingKv
+
+if TYPE_CHECKING:
+    from drift_scheduler.shadow import Agreement
 
 
 class InvariantError(AssertionError):
@@ -256,11 +265,14 @@ def exercise(
     pages: int = 64,
     hazards: Hazards | None = None,
     limits: Limits | None = None,
+    stopwatch: Callable[[], float] | None = None,
+    watch: Callable[[Scheduler], Sequence[Observer]] | None = None,
 ) -> Outcome:
     """Run `policy` through a random workload and check every invariant; deterministic under `seed`.
 
     Raises InvariantError. `Outcome.faults` lists what the scheduler refused and its fallback decided instead: a
-    policy that conforms leaves it empty.
+    policy that conforms leaves it empty. `stopwatch` (monotonic seconds) makes a slow decision a fault; `watch` gives
+    observers of the run.
     """
     rng = random.Random(seed)
     device = device or small_device()
@@ -274,9 +286,11 @@ def exercise(
         partitions or TightestDecode(),
         costs or FlatCosts(),
         limits or Limits(max_running=16),
+        stopwatch,
     )
     outcome = Outcome()
     told: dict[str, int] = {}
+    observers = watch(scheduler) if watch is not None else ()
 
     def deliver(step: Step) -> None:
         outcome.steps += 1
@@ -286,7 +300,7 @@ def exercise(
         for output in step.outputs:
             _account(output, told, outcome)
 
-    serve(scheduler, executor, deliver)
+    serve(scheduler, executor, deliver, observers)
     outcome.gangs = executor.gangs
     outcome.preemptions = scheduler.preemptions
     _check_end(offered, outcome, kv, scheduler, executor)
@@ -335,13 +349,147 @@ def _check_end(
             )
 
 
+# ----------------------------------------------------------------------------------- for plugin authors
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One ride: a seed, a device of so many units, a pool of so many pages, and hazards."""
+
+    name: str
+    seed: int
+    units: int = 4
+    layers: int = 6
+    pages: int = 64
+    requests: int = 30
+    hazards: Hazards = Hazards()
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def device(self) -> Device:
+        """What it runs on."""
+        return small_device(self.units, self.layers)
+
+
+def _cases() -> tuple[Case, ...]:
+    calm = Hazards(cancel=0.0, stop=0.0)
+    rough = Hazards(cancel=0.3, stop=0.3, fail=0.03)
+    return (
+        *(Case(f"everyday-{seed}", seed) for seed in range(4)),
+        *(Case(f"calm-{seed}", seed, hazards=calm) for seed in range(10, 12)),
+        *(Case(f"rough-{seed}", seed, hazards=rough) for seed in range(20, 23)),
+        *(Case(f"small-pool-{seed}", seed, pages=12, hazards=calm) for seed in range(30, 33)),
+        *(Case(f"large-pool-{seed}", seed, pages=400, requests=60) for seed in range(40, 42)),
+        Case("undivided", 50, units=1),
+        Case("two-units", 51, units=2),
+        Case("many-units", 52, units=16, layers=32),
+        Case("one-layer", 53, layers=1),
+    )
+
+
+CASES: tuple[Case, ...] = _cases()
+"""Calm and rough, small pools and large, devices that cannot be split and devices with many splits."""
+
+
+def run_case(
+    case: Case,
+    *,
+    dispatch: DispatchPolicy | None = None,
+    partitions: PartitionPolicy | None = None,
+    costs: CostModel | None = None,
+    stopwatch: Callable[[], float] | None = None,
+    watch: Callable[[Scheduler], Sequence[Observer]] | None = None,
+) -> Outcome:
+    """Take a policy through a case. A partition policy rides under the dispatch policy `gang`, which asks it most.
+
+    Raises InvariantError where a rule of the device or of conservation is broken, and ValueError without a policy.
+    """
+    if dispatch is None and partitions is None:
+        raise ValueError("nothing to check: give a dispatch policy, a partition policy or both")
+    if dispatch is None:
+        from drift_scheduler.dispatch.gang import GangPolicy
+
+        dispatch = GangPolicy()
+    return exercise(
+        dispatch,
+        seed=case.seed,
+        partitions=partitions,
+        costs=costs,
+        device=case.device,
+        requests=case.requests,
+        pages=case.pages,
+        hazards=case.hazards,
+        stopwatch=stopwatch,
+        watch=watch,
+    )
+
+
+def conform(outcome: Outcome) -> None:
+    """Raise InvariantError where the fallback had to decide: the service went on, the policy did not conform."""
+    if outcome.faults:
+        more = f" (and {len(outcome.faults) - 1} more)" if len(outcome.faults) > 1 else ""
+        raise InvariantError(f"{outcome.faults[0]}{more}")
+
+
+GOLDEN = Case("golden", 2024, requests=8, pages=32)
+"""The ride whose log is kept. Small, so that a difference can be read."""
+
+
+def record_golden(
+    policy: DispatchPolicy, path: str | Path, *, partitions: PartitionPolicy | None = None
+) -> None:
+    """Write the decision log of `policy` on the golden ride. Raises DriftError, InvariantError."""
+    from drift_scheduler.decision_log import DecisionLog
+
+    logs: list[DecisionLog] = []
+
+    def watch(scheduler: Scheduler) -> Sequence[Observer]:
+        logs.append(DecisionLog(path, scheduler, {"policy": type(policy).__name__}))
+        return logs
+
+    try:
+        conform(run_case(GOLDEN, dispatch=policy, partitions=partitions, watch=watch))
+    finally:
+        for log in logs:
+            log.close()
+
+
+def compare_golden(
+    policy: DispatchPolicy, path: str | Path, *, partitions: PartitionPolicy | None = None
+) -> Agreement:
+    """What `policy` decides now where the log says what was decided; `Agreement.first` is the first difference.
+
+    The log's events are replayed and its gangs carried out, so that one difference does not make the rest
+    incomparable. Raises DriftError for a log that cannot be read.
+    """
+    from drift_scheduler.log_reader import open_log
+    from drift_scheduler.shadow import compare
+
+    log = open_log(path)
+
+    def scheduler(follower: DispatchPolicy) -> Scheduler:
+        kv = CountingKv(log.total_pages, log.page_tokens)
+        return Scheduler(log.device, kv, follower, partitions or TightestDecode(), FlatCosts(), log.limits)
+
+    return compare(log, policy, scheduler, {})
+
+
 __all__ = [
+    "CASES",
+    "GOLDEN",
+    "Case",
     "FlatCosts",
     "Hazards",
     "InvariantError",
     "Outcome",
     "RandomExecutor",
+    "compare_golden",
+    "conform",
     "exercise",
     "random_requests",
+    "record_golden",
+    "run_case",
     "small_device",
 ]
