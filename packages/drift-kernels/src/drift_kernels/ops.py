@@ -80,18 +80,24 @@ class ReferenceOps:
         return reference.linear(x, weight, bias)
 
 
-def select_ops(device: str, dtype: torch.dtype, *, native: bool | None = None) -> Ops:
+def select_ops(
+    device: str, dtype: torch.dtype, *, native: bool | None = None, num_sms: int | None = None
+) -> Ops:
     """The fastest ops for tensors of `dtype` on `device` ("cpu", "cuda", "cuda:1").
 
     native: True insists on compiled kernels, False on torch, None takes what there is and says in `description`
-    why it is not more. Raises ValueError for a dtype no implementation carries, NativeUnavailable when insisting.
+    why it is not more. num_sms: multiprocessors of the partition on a CUDA device; None: all of them. Raises
+    ValueError for a dtype no implementation carries, NativeUnavailable when insisting.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype {dtype} is not supported; choose float32, bfloat16 or float16")
     if native is False:
         return ReferenceOps("torch reference, as asked")
     try:
-        if torch.device(device).type != "cpu":
+        kind = torch.device(device).type
+        if kind == "cuda":
+            return _cuda_ops(torch.device(device), dtype, num_sms)
+        if kind != "cpu":
             raise NativeUnavailable(f"no native kernels for device {device}")
         if dtype == torch.float16:
             raise NativeUnavailable("no native kernels for float16 on CPU; bfloat16 and float32 have them")
@@ -100,3 +106,21 @@ def select_ops(device: str, dtype: torch.dtype, *, native: bool | None = None) -
         if native:
             raise
         return ReferenceOps(f"torch reference: {why}")
+
+
+def _cuda_ops(device: torch.device, dtype: torch.dtype, num_sms: int | None) -> Ops:
+    """Triton's, imported only here; NativeUnavailable says what is missing."""
+    if dtype == torch.float32:
+        raise NativeUnavailable("no native kernels for float32 on CUDA; bfloat16 and float16 have them")
+    if not torch.cuda.is_available():
+        raise NativeUnavailable("torch finds no CUDA device")
+    try:
+        from drift_kernels.triton_ops.ops import device_ops
+    except ModuleNotFoundError as missing:
+        raise NativeUnavailable(
+            f"{missing.name} is not installed; pip install 'drift-kernels[cuda]'"
+        ) from missing
+    try:
+        return device_ops(device, num_sms)
+    except ValueError as too_old:
+        raise NativeUnavailable(str(too_old)) from too_old

@@ -76,9 +76,7 @@ class Batch:
         return lane
 
     def plan(self, lane: AttentionLane, num_sms: int = 2) -> PlannedInputs:
-        return lane.plan(
-            self.query_lens, self.context_lens, self.tables, self.scale, num_sms, self.window
-        )
+        return lane.plan(self.query_lens, self.context_lens, self.tables, self.scale, num_sms, self.window)
 
     def check(self, num_sms: int = 2, architecture: int = 90) -> None:
         """The kernel's output, on a partition of num_sms, is the reference's everywhere."""

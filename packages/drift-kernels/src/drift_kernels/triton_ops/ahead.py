@@ -1,8 +1,8 @@
 """Compiles what the launchers launch for an architecture that is not here, and reads what the result needs.
 
-The launchers themselves run, on CPU tensors: `compiling_for` puts a stub in the driver's place that compiles at each launch,
-keeps the kernel and runs nothing. So the specialisation is the call site's own, alignment and all. Not for a process
-in which Triton's interpreter is on, nor for one that runs kernels at the same time.
+The launchers themselves run, on CPU tensors: `compiling_for` puts a stub in the driver's place, so that a launch
+compiles, keeps the kernel and runs nothing, and the specialisation is the call site's own, alignment and all. Not for
+a process in which Triton's interpreter is on, nor for one that runs kernels at the same time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _StubDriver:
 
     def __init__(self, architecture: int, launches: list[Compiled]) -> None:
         self._target = GPUTarget("cuda", architecture, 32)
-        self._launches = launches
+        self.launches = launches
         limit = {"max_shared_mem": LIMITS[architecture].program_shared}
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: limit, load_binary=lambda *_: (object(), object(), 0, 0, 1024)
@@ -77,7 +77,8 @@ class _StubDriver:
         def launch(*arguments: Any) -> None:
             kernels = source.fn.device_caches[self._target.arch][0].values()
             (kernel,) = (kernel for kernel in kernels if kernel.metadata is metadata)
-            self._launches.append(_read(kernel, int(self._target.arch), arguments[:3]))
+            compiled = _read(kernel, int(self._target.arch), arguments[:3])
+            driver.active.launches.append(compiled)  # a kernel keeps its launcher from one stub to the next
 
         return launch
 

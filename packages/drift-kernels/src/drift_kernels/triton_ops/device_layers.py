@@ -123,7 +123,9 @@ def rotate_and_write(
             if NORM:
                 low, high = _normed(low, high, k_weight, dims, inside, eps, k_dtype, HEAD)
             if ROTATE:
-                low, high = _rotated(low, high, cos_ptr + angles, sin_ptr + angles, dims, inside, k_dtype, HEAD)
+                low, high = _rotated(
+                    low, high, cos_ptr + angles, sin_ptr + angles, dims, inside, k_dtype, HEAD
+                )
             target = k_out + slot * (OUT_HEADS * HEAD) + place
             tl.store(target, low.to(k_dtype), mask=held)
             tl.store(target + HEAD // 2, high.to(k_dtype), mask=held)

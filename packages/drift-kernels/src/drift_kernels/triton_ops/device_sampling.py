@@ -136,7 +136,7 @@ def sample_rows(
         if (temperature > 0.0) & (peak > float("-inf")) & (peak < float("inf")):
             slope = 1.4426950408889634 / temperature
             min_p = tl.load(min_ps + index)
-            floor = tl.where(min_p > 0.0, tl.log2(tl.maximum(min_p, 1.0e-38)), float("-inf"))
+            floor = tl.where(min_p > 0.0, tl.log2(tl.maximum(min_p, 1.0e-37)), float("-inf"))
             count, weight, lowest = _summary(row, vocab, peak, slope, floor, BLOCK)
             top_k = tl.load(top_ks + index).to(tl.float32)
             if (top_k > 0.0) & (top_k < count):

@@ -38,7 +38,9 @@ class AttentionShape:
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} kv heads evenly")
         if self.page_tokens < 16:
-            raise ValueError(f"page_tokens is {self.page_tokens}; the kernels take pages of 16 tokens or more")
+            raise ValueError(
+                f"page_tokens is {self.page_tokens}; the kernels take pages of 16 tokens or more"
+            )
 
     @property
     def group(self) -> int:
@@ -55,7 +57,7 @@ class PlannedInputs(AttentionInputs):
     num_sms: int
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, out: Tensor) -> None:
-        """Fill out[T, Hq, D]; narrow and wide sequences each in their own launches. Rows of padding keep their value."""
+        """Fill out[T, Hq, D], narrow and wide sequences each in their own launches; padding rows are left alone."""
         for work in (self.narrow, self.wide):
             if work is not None:
                 launch_attention(
@@ -90,10 +92,8 @@ class AttentionLane:
         self._layout, total = _lay_out(self._sizes())
         self._device = torch.zeros(total, dtype=torch.int32, device=device)
         on_device = self._device.device.type == "cuda"
-        self._staging = [
-            torch.zeros(total, dtype=torch.int32, pin_memory=on_device) for _ in range(_STAGES)
-        ]
-        self._copied = [torch.cuda.Event() if on_device else None for _ in range(_STAGES)]
+        self._staging = [torch.zeros(total, dtype=torch.int32, pin_memory=on_device) for _ in range(_STAGES)]
+        self._copied = [_event() if on_device else None for _ in range(_STAGES)]
         self._turn = 0
         self._scratch = torch.empty(self._scratch_elements(shape.head), dtype=torch.float32, device=device)
         self._weights = torch.empty(self._scratch_elements(1), dtype=torch.float32, device=device)
@@ -234,6 +234,10 @@ class AttentionLane:
     def _tensor(self, name: str) -> Tensor:
         start, size = self._layout[name]
         return self._device[start : start + size]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _lay_out(sizes: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:

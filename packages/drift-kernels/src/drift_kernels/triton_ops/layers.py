@@ -77,7 +77,9 @@ def launch_rotate_and_write(
     q is. A slot below 0 stores nothing: a row that pads a captured batch.
     """
     weights = (q if q_norm is None else q_norm, k if k_norm is None else k_norm)
-    _launch_rotary(q, k, v, cos, sin, weights, q_out, k_pages, v_pages, slots, num_sms, eps, q_norm is not None)
+    _launch_rotary(
+        q, k, v, cos, sin, weights, q_out, k_pages, v_pages, slots, num_sms, eps, q_norm is not None
+    )
 
 
 def launch_rotary(

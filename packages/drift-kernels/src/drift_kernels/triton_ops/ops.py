@@ -1,7 +1,8 @@
 """The ops of a decoder layer as Triton kernels, with torch's own matrix product.
 
 What it returns it allocates; a caller that must not allocate uses the launchers with its own buffers. Steps planned
-by an AttentionLane run as they are. Inputs built without a lane are planned here, once per step, which waits for the device.
+by an AttentionLane run as they are; inputs built without one are planned here, once per step, which waits for the
+device.
 """
 
 from __future__ import annotations
@@ -107,8 +108,7 @@ class TritonOps:
     def _plan(self, q: Tensor, k_pages: Tensor, inputs: AttentionInputs) -> PlannedInputs:
         """Plan inputs of no lane; the layers of a step bring the same ones, so the last plan of a thread is kept."""
         shape = AttentionShape(q.shape[1], *_kv_shape(k_pages))
-        known: tuple[AttentionInputs, AttentionShape, PlannedInputs] | None
-        known = getattr(self._unplanned, "last", None)
+        known: _Known | None = getattr(self._unplanned, "last", None)
         if known is not None and known[0] is inputs and known[1] == shape:
             return known[2]
         starts, contexts = inputs.query_starts.cpu(), inputs.context_lens.cpu()
@@ -121,6 +121,9 @@ class TritonOps:
         )  # fmt: skip
         self._unplanned.last = (inputs, shape, planned)
         return planned
+
+
+_Known = tuple[AttentionInputs, AttentionShape, PlannedInputs]
 
 
 def device_ops(device: torch.device, num_sms: int | None = None) -> TritonOps:

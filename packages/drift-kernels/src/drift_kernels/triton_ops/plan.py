@@ -3,8 +3,8 @@
 A *span* is one tile of query rows of one kv head of one sequence with all keys those rows see. Spans are laid end to
 end, in tiles of keys, and the line is cut into as many equal parts as there are programs. A part is a
 run of *items*; an item that is a whole span writes the output itself, one that is a piece of a span writes a partial
-result to a slot of scratch, and a *merge* adds up the slots of a span. Each cut makes at most two partial items, so slots are
-bounded by programs, not by the batch, and the kernel that reads this list has a grid that never changes: one
+result to a slot of scratch, and a *merge* adds up the slots of a span. A cut makes at most two partial items, so slots
+are bounded by programs, not by the batch, and the kernel that reads this list has a grid that never changes: one
 captured graph serves all lengths.
 """
 
@@ -74,7 +74,9 @@ def build_work_list(
     start = np.zeros_like(stop)
     if window is not None:
         earliest = np.maximum(0, past + row // group - window + 1)
-        start = earliest // tile.keys * tile.keys  # aligned, so that a tile never straddles two pages' alignment
+        start = (
+            earliest // tile.keys * tile.keys
+        )  # aligned, so that a tile never straddles two pages' alignment
     spans = np.stack([sequences[owner], row, start, stop], axis=1)
     return _share(np.repeat(spans, kv_heads, axis=0), kv_heads, tile, programs)
 

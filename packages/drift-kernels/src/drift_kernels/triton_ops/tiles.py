@@ -1,4 +1,4 @@
-"""Tile shapes per architecture, as data: what docs/kernels.md's table was compiled from.
+"""Tile shapes per architecture, as data: what the table of docs/kernels.md was compiled from.
 
 Knows nothing of Triton: an architecture is its compute capability as one number, 90 for 9.0. Shapes are bounded
 by registers and shared memory (tests hold every row to both); which of the fitting ones is fastest is for a
@@ -65,19 +65,19 @@ def padded_head(head: int) -> int:
 
 # Few rows per sequence, bound by memory: enough bytes in flight matter. Key: padded head size.
 _NARROW = {
-    80: {64: Tile(16, 64, 4, 3, 2, 128), 128: Tile(16, 64, 4, 2, 2, 128), 256: Tile(16, 32, 4, 2, 2, 128)},
-    89: {64: Tile(16, 64, 4, 2, 2, 128), 128: Tile(16, 32, 4, 2, 2, 128), 256: Tile(16, 16, 4, 2, 2, 128)},
-    90: {64: Tile(16, 64, 4, 4, 2, 128), 128: Tile(16, 64, 4, 3, 2, 128), 256: Tile(16, 32, 4, 3, 2, 128)},
-    100: {64: Tile(16, 64, 4, 4, 2, 128), 128: Tile(16, 64, 4, 3, 2, 128), 256: Tile(16, 32, 4, 3, 2, 128)},
-    120: {64: Tile(16, 64, 4, 2, 2, 128), 128: Tile(16, 32, 4, 2, 2, 128), 256: Tile(16, 16, 4, 2, 2, 128)},
+    80: {64: Tile(16, 64, 4, 5, 3, 128), 128: Tile(16, 64, 4, 3, 3, 128), 256: Tile(16, 32, 4, 3, 2, 128)},
+    89: {64: Tile(16, 64, 4, 4, 3, 128), 128: Tile(16, 32, 4, 5, 2, 128), 256: Tile(16, 32, 4, 3, 2, 128)},
+    90: {64: Tile(16, 64, 4, 4, 4, 128), 128: Tile(16, 64, 4, 5, 3, 128), 256: Tile(16, 32, 4, 5, 2, 128)},
+    100: {64: Tile(16, 64, 4, 4, 4, 128), 128: Tile(16, 64, 4, 5, 3, 128), 256: Tile(16, 32, 4, 5, 2, 128)},
+    120: {64: Tile(16, 64, 4, 4, 3, 128), 128: Tile(16, 32, 4, 5, 2, 128), 256: Tile(16, 32, 4, 3, 2, 128)},
 }
-# Many rows per sequence, bound by the matrix units.
+# Many rows per sequence, bound by the matrix units. Through 8.9 and on 12.x two stages: a third one spills.
 _WIDE = {
-    80: {64: Tile(128, 64, 4, 3, 1, 256), 128: Tile(128, 64, 8, 2, 1, 256), 256: Tile(64, 32, 4, 2, 1, 256)},
-    89: {64: Tile(128, 64, 4, 2, 1, 256), 128: Tile(128, 32, 8, 2, 1, 256), 256: Tile(64, 32, 8, 1, 1, 256)},
-    90: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 64, 8, 2, 1, 256), 256: Tile(64, 64, 8, 2, 1, 256)},
-    100: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 64, 8, 2, 1, 256), 256: Tile(64, 64, 8, 2, 1, 256)},
-    120: {64: Tile(128, 64, 4, 2, 1, 256), 128: Tile(128, 32, 8, 2, 1, 256), 256: Tile(64, 32, 8, 1, 1, 256)},
+    80: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 32, 8, 2, 1, 256), 256: Tile(64, 32, 8, 3, 1, 256)},
+    89: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 32, 8, 2, 1, 256), 256: Tile(64, 32, 8, 3, 1, 256)},
+    90: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 64, 8, 3, 1, 256), 256: Tile(64, 32, 8, 3, 1, 256)},
+    100: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 64, 8, 3, 1, 256), 256: Tile(64, 32, 8, 3, 1, 256)},
+    120: {64: Tile(128, 64, 8, 3, 1, 256), 128: Tile(128, 32, 8, 2, 1, 256), 256: Tile(64, 32, 8, 3, 1, 256)},
 }
 
 
