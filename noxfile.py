@@ -164,7 +164,15 @@ def wheels(session: nox.Session) -> None:
 def _in_workshop(session: nox.Session, command: str, *arguments: str) -> None:
     path = os.pathsep.join((str(WORKSHOP_BIN), os.environ.get("PATH", "")))
     env = {"PATH": path, "VIRTUAL_ENV": str(WORKSHOP_BIN.parent)}
-    session.run(str(WORKSHOP_BIN / command), *arguments, env=env, external=True)
+    # Ctrl-C reaches the command itself; nox leaves it the time to end in good order.
+    session.run(
+        str(WORKSHOP_BIN / command),
+        *arguments,
+        env=env,
+        external=True,
+        interrupt_timeout=30,
+        terminate_timeout=10,
+    )
 
 
 def _fingerprint() -> str:
