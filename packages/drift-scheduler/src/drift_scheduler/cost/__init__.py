@@ -55,7 +55,8 @@ def online(
         base = "fitted" if table or table_name(device, model) in installed("tables") else "roofline"
     if base not in ("fitted", "roofline"):
         raise OptionError(f"option 'base' is '{base}', need fitted or roofline")
-    inner = fitted(table, device, model) if base == "fitted" else roofline(device, model)
+    named = {"device": device, "model": model}
+    inner = FACTORIES[base](**named, table=table) if base == "fitted" else FACTORIES[base](**named)
     return OnlineCost(inner, model_spec(model).num_layers, rate, ceiling)
 
 

@@ -35,10 +35,10 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     with units. `bandwidth_saturation`: share of the units that already draws all of the memory bandwidth.
     `kv_efficiency`: share of the bandwidth at which decode attention reads KV on all units; scales with units.
     `layer_us`: fixed time of a layer, `step_us` of a forward pass, whatever the units; `block_us`: launching one more
-    prefill block. `launch_layer_us`: the host's time to launch a layer of a prefill, kernel by kernel; a decode step
-    is a captured graph of 1, 2, 4 or a multiple of `graph_step` requests (0: no graphs). `link_*`: all-reduce between
-    the `count` devices. `slowdown_*`: worst factors when both lanes run. `min_units`, `multiple_units`: what the
-    hardware can split; `step_units`: the menu's stride.
+    prefill block. `launch_layer_us`: the host's time to launch a layer of a prefill, kernel by kernel, and
+    `launch_link_us` each all-reduce in it; a decode step is a captured graph of 1, 2, 4 or a multiple of `graph_step`
+    requests (0: no graphs). `link_*`: all-reduce between the `count` devices. `slowdown_*`: worst factors when both
+    lanes run. `min_units`, `multiple_units`: what the hardware can split; `step_units`: the menu's stride.
     """
 
     name: str
@@ -64,8 +64,14 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     step_units: Count
     switch_us: NotNegative = 0.0
     launch_layer_us: NotNegative = 0.0
+    launch_link_us: NotNegative = 100.0
     graph_step: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 0
     count: Count = 1
+
+    @property
+    def launch_seconds(self) -> float:
+        """The host's time to launch one layer of a prefill or a fused pass, its two all-reduces included."""
+        return 1e-6 * (self.launch_layer_us + (2 * self.launch_link_us if self.count > 1 else 0.0))
 
     @property
     def label(self) -> str:

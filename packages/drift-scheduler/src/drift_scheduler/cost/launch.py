@@ -18,8 +18,8 @@ class Launched:
 
     Decode runs as captured graphs: a batch is padded to the next captured size (1, 2, 4 and multiples of `graph_step`),
     the padding reading no KV: the staircase. Prefill and fused passes are launched kernel by kernel, so no layer takes
-    less than `launch_layer_us` of the host's time. `block_seconds` and `switch_seconds` are what the scheduler
-    adds per prefill block and per change of partition.
+    less than the host's `DeviceSpec.launch_seconds`. `block_seconds` and `switch_seconds` are what the scheduler adds
+    per prefill block and per change of partition.
     """
 
     def __init__(self, inner: CostModel, device: DeviceSpec, num_layers: int) -> None:
@@ -27,7 +27,7 @@ class Launched:
         self.block_seconds = device.block_us * 1e-6
         self.switch_seconds = device.switch_us * 1e-6
         self._step = device.graph_step
-        self._floor = device.launch_layer_us * 1e-6 * num_layers
+        self._floor = device.launch_seconds * num_layers
 
     def prefill(self, work: PrefillShape, units: int) -> float:
         """Seconds for all layers, at least the time to launch them."""

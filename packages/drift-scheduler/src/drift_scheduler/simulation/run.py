@@ -129,7 +129,7 @@ class Simulation:
             block_seconds=device.block_us * 1e-6,
             switch_seconds=device.switch_us * 1e-6,
             noise=scenario.noise,
-            launch_layer_seconds=device.launch_layer_us * 1e-6,
+            launch_layer_seconds=device.launch_seconds,
         )
         self.metrics = Metrics(self.device, self.kv)
 
