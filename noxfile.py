@@ -24,7 +24,7 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # Installed first and by exactly this name: a looser spelling lets pip choose the largest build there is.
 TORCH = "torch==2.13.0"
 BUILD_TOOLS = ("hatchling", "editables")
-TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "transformers")
+TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "transformers", "triton")
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
 STUB_TOOLS = ("grpcio-tools==1.81.1", "buf-bin")
 
@@ -89,6 +89,20 @@ def bench(session: nox.Session) -> None:
     if name not in names:
         session.error(f"no benchmark {name!r}; there are: {', '.join(names)}")
     _in_workshop(session, "python", f"bench/{name}.py", *options)
+
+
+@nox.session(python=False, requires=["workshop"], default=False)
+def kernels(session: nox.Session) -> None:
+    """Compile every GPU kernel for every architecture; fails if docs/kernels.md's table was another one."""
+    _in_workshop(session, "python", "tools/kernel_table.py", *session.posargs)
+
+
+@nox.session(python=False, requires=["workshop"], default=False)
+def kernel_sweep(session: nox.Session) -> None:
+    """Run attention in Triton's interpreter on 300 random batches (`-- 1000`: on that many)."""
+    command = ("packages/drift-kernels/tests/triton/test_interpreted_sweep.py", "-q", "--timeout", "900")
+    env = {"TRITON_INTERPRET": "1", "DRIFT_SWEEP": session.posargs[0] if session.posargs else "300"}
+    _in_workshop(session, "pytest", *command, "-W", "ignore::RuntimeWarning", **env)
 
 
 @nox.session
@@ -161,9 +175,9 @@ def wheels(session: nox.Session) -> None:
     session.run("drift", "--help")
 
 
-def _in_workshop(session: nox.Session, command: str, *arguments: str) -> None:
+def _in_workshop(session: nox.Session, command: str, *arguments: str, **env: str) -> None:
     path = os.pathsep.join((str(WORKSHOP_BIN), os.environ.get("PATH", "")))
-    env = {"PATH": path, "VIRTUAL_ENV": str(WORKSHOP_BIN.parent)}
+    env |= {"PATH": path, "VIRTUAL_ENV": str(WORKSHOP_BIN.parent)}
     # Ctrl-C reaches the command itself; nox leaves it the time to end in good order.
     session.run(
         str(WORKSHOP_BIN / command),

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.compiler.compiler import max_shared_mem
 from triton.runtime.errors import OutOfResources
 
 from drift_kernels.triton_ops import attention, catalogue, tiles
@@ -49,10 +50,10 @@ def test_the_other_kernels_fit_without_spills(architecture: int) -> None:
             assert "ld.global.v4" in entry.compiled.ptx, f"{entry.kernel} reads 16 bytes at a time"
 
 
-def _launch_decode(num_sms: int, contexts: list[int], q: torch.Tensor | None = None) -> list[Compiled]:
+def _launch_decode(num_sms: int, contexts: list[int], dtype: torch.dtype = torch.bfloat16) -> list[Compiled]:
     lane = AttentionLane(AttentionShape(8, 2, 64, 16), 8, 8, 256, 16, 90, "cpu")
-    q = torch.zeros(len(contexts), 8, 64, dtype=torch.bfloat16) if q is None else q
-    pages = torch.zeros(20, 16, 2, 64, dtype=torch.bfloat16)
+    q = torch.zeros(len(contexts), 8, 64, dtype=dtype)
+    pages = torch.zeros(20, 16, 2, 64, dtype=dtype)
     with compiling_for(90) as launches:
         planned = lane.plan([1] * len(contexts), contexts, [list(range(16))] * len(contexts), 0.1, num_sms)
         planned.attend(q, pages, pages, torch.zeros_like(q))
@@ -104,5 +105,9 @@ def test_spills_and_misfits_are_found() -> None:
 def test_too_much_shared_memory_fails_at_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device: the stub knows the limits of what it stands for."""
     monkeypatch.setitem(tiles.LIMITS, 90, tiles.Limits(1000, 2000))
-    with pytest.raises(OutOfResources, match="shared memory"):
-        _launch_decode(2, [3], torch.zeros(1, 8, 64, dtype=torch.float16))
+    max_shared_mem.cache_clear()
+    try:
+        with pytest.raises(OutOfResources, match="shared memory"):
+            _launch_decode(2, [3], torch.float16)
+    finally:
+        max_shared_mem.cache_clear()
