@@ -225,11 +225,7 @@ def open_log(path: str | Path) -> DecisionLogFile:
     number, data, _ = first
     header = _decode(_HEADER, data, path, number)
     device = header.device
-    for split in device.menu:
-        if not 0 < sum(split) <= device.units:
-            raise DriftError(
-                f"log {path}:{number}: field device.menu: {split[0]}+{split[1]} units of {device.units}"
-            )
+    _check_menu(device, f"log {path}:{number}: field device.menu")
     return DecisionLogFile(
         path=str(path),
         source=header.source,
@@ -253,6 +249,15 @@ def open_log(path: str | Path) -> DecisionLogFile:
         config=header.config,
         table=header.table,
     )
+
+
+def _check_menu(device: _Device, where: str) -> None:
+    for prefill, decode in device.menu:
+        if not 0 < prefill + decode <= device.units:
+            raise DriftError(f"{where}: {prefill}+{decode} units of {device.units}")
+    for whole in ((device.units, 0), (0, device.units)):
+        if whole not in device.menu:
+            raise DriftError(f"{where}: lacks {whole[0]}+{whole[1]}, the whole device for one lane")
 
 
 _HEADER = msgspec.json.Decoder(_Header)

@@ -63,6 +63,7 @@ def build_report(metrics: Metrics, config: Mapping[str, Any]) -> Report:
         "scheduler": {
             "steps": metrics.steps,
             "step_us": {"p50": metrics.step_us.quantile(0.5), "p99": metrics.step_us.quantile(0.99)},
+            "faults": metrics.faults,
             "policy_faults": metrics.faults,
         },
         "cost_model": {
