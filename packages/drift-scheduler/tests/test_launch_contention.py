@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from drift_scheduler.conformance import Hazards, exercise
 from drift_scheduler.cost.contention import Contended
 from drift_scheduler.cost.hardware import device_spec, model_spec
 from drift_scheduler.cost.launch import Launched, bucket, innermost
 from drift_scheduler.cost.online import OnlineCost
 from drift_scheduler.cost.roofline import RooflineCost, roofline
+from drift_scheduler.dispatch.gang import GangPolicy
 from drift_scheduler.domain import (
     SLO,
     DecodeDone,
@@ -167,3 +169,12 @@ def test_without_polling_decode_waits_for_the_prefill_to_end() -> None:
     run.submit(gang(Sharing.SPATIAL, Partition(6, 4)))
     assert run.wait(None) == [DecodeDone(pytest.approx(1.0)), PrefillDone(pytest.approx(2.0))]
     assert run.now() == pytest.approx(2.0)
+
+
+def test_gang_without_slicing_launches_every_prefill_whole() -> None:
+    layers = 6
+    whole = exercise(GangPolicy(slice_layers=False), seed=1, hazards=Hazards(cancel=0))
+    sliced = exercise(GangPolicy(), seed=1, hazards=Hazards(cancel=0))
+    assert whole.faults == sliced.faults == []
+    assert {g.prefill.layers for g in whole.gangs if g.prefill is not None} == {layers}
+    assert min(g.prefill.layers for g in sliced.gangs if g.prefill is not None) < layers

@@ -6,8 +6,6 @@ other. Knows how long nothing takes but launching; the model it wraps knows the 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from drift_scheduler.cost.hardware import DeviceSpec
 from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
 from drift_scheduler.protocols import CostModel
@@ -52,9 +50,23 @@ class Launched:
     def observe(self, observation: Observation) -> None:
         """Hand on what was measured, less what launching explains, so that the inner model learns only the rest."""
         share = self._inner_share(observation)
-        if share != 1.0:
-            observation = replace(observation, measured=observation.measured * share)
-        self.inner.observe(observation)
+        if share == 1.0:
+            self.inner.observe(observation)
+            return
+        seen = observation
+        self.inner.observe(
+            Observation(
+                seen.lane,
+                seen.partition,
+                seen.sharing,
+                seen.prefill,
+                seen.decode,
+                seen.layers,
+                seen.overlapped,
+                seen.predicted,
+                seen.measured * share,
+            )
+        )
 
     def _inner_share(self, seen: Observation) -> float:
         """The inner model's time over ours for the observed work."""

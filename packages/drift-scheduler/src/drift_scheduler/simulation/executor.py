@@ -329,8 +329,10 @@ class SimulatedExecutor:
 
     def _all_streams(self, gang: Gang) -> bool:
         """Whether no partition is in force: then every unit serves whoever asks."""
-        running = (work.gang for work in (self._prefill, self._decode) if work is not None)
-        return all(g.sharing is Sharing.STREAMS for g in (gang, *running))
+        if gang.sharing is not Sharing.STREAMS:
+            return False
+        running = [work.gang for work in (self._prefill, self._decode) if work is not None]
+        return all(other.sharing is Sharing.STREAMS for other in running)
 
     def _units_in_use(self, gang: Gang) -> int:
         """Units that would be busy at once; a temporal or fused gang, and each half of it, takes them all."""

@@ -1,0 +1,101 @@
+"""bench/validate.py: its latencies, its marks and its document; the goodput searches themselves are goodput's tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from drift_scheduler.plugins import load
+from drift_scheduler.simulation.run import parse_choice
+
+SCRIPT = Path(__file__).parents[3] / "bench" / "validate.py"
+
+
+@pytest.fixture(scope="module")
+def validate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_validate", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_fitted_model_is_within_nine_percent_and_the_rooflines_error_is_stated(validate: Any) -> None:
+    found = validate.latencies()
+    assert found["fitted"]["worst"] < 0.09
+    assert 0.01 < found["roofline"]["worst"] < 0.15
+    text = validate.latency_section(found)
+    assert f"`roofline`: worst {found['roofline']['worst']:.1%}" in text
+    assert text.count("\n| 16 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("gang", "rival", "published", "shown"),
+    [
+        (2.0, 1.0, 1.9, "2.00 (1.90)"),
+        (3.0, 1.0, 1.9, "**3.00** (1.90)"),
+        (1.0, 0.0, float("inf"), "never meets (never meets)"),
+        (1.0, 0.0, 2.0, "**never meets** (2.00)"),
+        (1.0, 0.5, None, "2.00"),
+    ],
+)
+def test_ratios_more_than_a_quarter_apart_are_marked(
+    validate: Any, gang: float, rival: float, published: float | None, shown: str
+) -> None:
+    assert validate.compare(gang, rival, published) == shown
+
+
+def test_every_policy_it_compares_is_installed_and_every_workload_has_a_bound(validate: Any) -> None:
+    registry = load(installed=False)
+    for cell in validate.RATIOS:
+        assert cell.workload in validate.TTFT
+        for policy in ("gang", *cell.published, *validate.OTHERS):
+            assert parse_choice(policy)[0] in registry.dispatch_policies
+
+
+def test_nanoflow_runs_the_budget_that_was_best_for_chunked_prefill(validate: Any) -> None:
+    from drift_scheduler.goodput import PolicyGoodput, SearchPlan
+
+    cell = validate.RATIOS[0]
+    found = {
+        f"{cell.label}|chunked-prefill": PolicyGoodput(
+            "chunked-prefill", "chunked-prefill:token_budget=256", ()
+        )
+    }
+    effort = validate.Effort(SearchPlan(seeds=(0,), requests=5, lifetimes=0.5), 0.01)
+    ((name, search),) = validate.nanoflow_searches([cell], found, effort, load(installed=False)).items()
+    assert name == f"{cell.label}|nanoflow"
+    (trial,) = next(search)
+    assert trial.scenario.dispatch == "nanoflow:token_budget=256"
+
+
+def test_the_document_holds_every_cell_that_was_run(validate: Any) -> None:
+    cell = validate.RATIOS[0]
+    row = {"dispatch": "gang", "limited_by": "TTFT", "tbt_p99_s": 0.09, "bubble_ratio": 0.05}
+    result = {
+        "settings": {"quick": True, "seeds": [0], "tolerance": 0.05, "requests": 60, "span": 2},
+        "latencies": validate.latencies(),
+        "goodput": {
+            f"{cell.label}|gang": {**row, "rate": 3.0},
+            f"{cell.label}|chunked-prefill": {
+                **row,
+                "rate": 1.0,
+                "dispatch": "chunked-prefill:token_budget=256",
+            },
+        },
+        "ablations": {
+            validate.BIG: {"rate": 1.0, "runs": [{"p99": p, "bubble": 0.1} for p in (0.09, 0.1, 0.7)]}
+        },
+    }
+    text = validate.document(result)
+    assert f"| {cell.label} | 3.00 (3.06) | - | - | - |" in text
+    assert "`chunked-prefill:token_budget=256` | 1.00" in text
+    assert "| +10 (+10) | +610 (+672) |" in text
+    assert "a smoke test, not a result" in text
