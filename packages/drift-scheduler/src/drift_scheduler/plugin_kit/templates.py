@@ -47,7 +47,7 @@ __all__ = ["$Class", "drift_dispatch_policies"]
 
 @hookimpl
 def drift_dispatch_policies():
-    """Name -> factory; what follows the name on the command line (`$name:max_batch_tokens=512`) are its arguments."""
+    """Name -> factory. Options on the command line (`$name:scan=8`) are its arguments."""
     return {"$name": $Class}
 '''
 
@@ -123,7 +123,7 @@ __all__ = ["$Class", "drift_partition_policies"]
 
 @hookimpl
 def drift_partition_policies():
-    """Name -> factory; what follows the name on the command line (`$name:headroom=0.5`) are its arguments."""
+    """Name -> factory. Options on the command line (`$name:headroom=0.5`) are its arguments."""
     return {"$name": $Class}
 '''
 
