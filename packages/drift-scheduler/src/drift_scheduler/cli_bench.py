@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from drift_scheduler.bench import Grid, Result
     from drift_scheduler.goodput import Outcome, PolicyGoodput
     from drift_scheduler.plugins import Registry
@@ -152,8 +154,14 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise OptionError(f"seeds '{text}': need whole numbers separated by commas") from None
 
 
-def _print_goodput(document: Mapping[str, Any], found: Mapping[str, PolicyGoodput], base: str) -> None:
+def _console() -> Console:
+    """For a table; 160 columns where there is no terminal to ask."""
     from rich.console import Console
+
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _print_goodput(document: Mapping[str, Any], found: Mapping[str, PolicyGoodput], base: str) -> None:
     from rich.table import Table
 
     table = Table(header_style="bold", box=None, pad_edge=False)
@@ -173,7 +181,7 @@ def _print_goodput(document: Mapping[str, Any], found: Mapping[str, PolicyGoodpu
             ", ".join(sorted({f.reason for f in result.seeds if f.reason})) or "-",
             tuned,
         )
-    console = Console(highlight=False, markup=False)
+    console = _console()
     console.print(table)
     slo, seeds = document["slo"], max(len(result.seeds) for result in found.values())
     console.print(
@@ -226,13 +234,12 @@ def run_grid(grid: Grid, jobs: int, registry: Registry) -> Result:
 
 def print_table(result: Result) -> None:
     """Policies x workloads: goodput and its ratio to the base; with many cells, cells x policies."""
-    from rich.console import Console
     from rich.table import Table
 
     grid = result.grid
     policies, cells = grid.file.policies, grid.cells
     titles = _titles(result)
-    console = Console(highlight=False, markup=False)
+    console = _console()
     console.print(f"{grid.file.title}: goodput in requests/s, and its ratio to {grid.base}")
     table = Table(header_style="bold", box=None, pad_edge=False)
     sideways = len(cells) > 6
