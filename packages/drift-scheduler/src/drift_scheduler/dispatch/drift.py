@@ -57,7 +57,7 @@ class DriftPolicy:
     of a TBT target that estimates may use."""
 
     def __init__(
-        self, max_batch_tokens: int = 4096, scan: int = 64, hysteresis: float = 0.05, margin: float = 1.0
+        self, max_batch_tokens: int = 4096, scan: int = 64, hysteresis: float = 0.05, margin: float = 0.97
     ) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
         self._scan = positive("scan", scan)
