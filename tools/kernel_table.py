@@ -31,7 +31,7 @@ def compiled_rows(architecture: int, part: int) -> tuple[list[Row], list[str]]:
     rows: list[Row] = []
     for entry in entries:
         one = entry.compiled
-        by_head = any(word in entry.kernel for word in ("attention", "merge", "rotary"))
+        by_head = any(word in entry.kernel for word in ("attention", "merge", "rotary", "KV"))
         head = str(entry.variant.head) if by_head else ""
         rows.append((entry.kernel, head, architecture, one.registers, one.shared, one.programs_per_sm()))
     return rows, [fault for entry in entries for fault in catalogue.faults(entry)]

@@ -14,9 +14,15 @@ import torch
 
 from drift_kernels.triton_ops.ahead import Compiled, compiling_for
 from drift_kernels.triton_ops.lane import AttentionLane, AttentionShape
-from drift_kernels.triton_ops.layers import launch_rms_norm, launch_rotate_and_write, launch_silu_and_mul
+from drift_kernels.triton_ops.layers import (
+    launch_rms_norm,
+    launch_rotary,
+    launch_rotate_and_write,
+    launch_silu_and_mul,
+    launch_write_kv,
+)
 from drift_kernels.triton_ops.sampling import SamplingRows, launch_argmax, launch_sample
-from drift_kernels.triton_ops.tiles import HEAD_SIZES
+from drift_kernels.triton_ops.tiles import HEAD_SIZES, padded_head
 
 _SMS = 8
 
@@ -49,12 +55,13 @@ class Entry:
 
 
 def attention_variants(head: int) -> Iterator[Variant]:
-    """The plain variant, then each that differs in one respect."""
+    """The plain variant, then those that differ in one respect; one per padded head size is enough of these."""
     yield Variant(head)
-    yield Variant(head, dtype=torch.float16)
-    yield Variant(head, page_tokens=128)
-    yield Variant(head, window=1000)
-    yield Variant(head, group=7)
+    if head == padded_head(head):
+        yield Variant(head, dtype=torch.float16)
+        yield Variant(head, page_tokens=128)
+        yield Variant(head, window=1000)
+        yield Variant(head, group=7)
 
 
 def compile_attention(architecture: int, variant: Variant, kind: str) -> list[Entry]:
@@ -78,33 +85,22 @@ def compile_attention(architecture: int, variant: Variant, kind: str) -> list[En
 
 
 def compile_layers(architecture: int, variant: Variant) -> list[Entry]:
-    """Rotary embedding and KV write, with qk-norm and without."""
+    """Rotary embedding and KV write, with qk-norm and without, and each by itself."""
     heads, head, dtype = 4 * variant.group, variant.head, variant.dtype
     qkv = torch.zeros(3, heads + 8, head, dtype=dtype)
     q, k, v = qkv[:, :heads], qkv[:, heads : heads + 4], qkv[:, heads + 4 :]
     angles, norm = torch.zeros(3, head), torch.zeros(head, dtype=dtype)
-    pages, slots = (
-        torch.zeros(2, variant.page_tokens, 4, head, dtype=dtype),
-        torch.zeros(3, dtype=torch.int64),
-    )
+    k_pages = torch.zeros(2, variant.page_tokens, 4, head, dtype=dtype)
+    v_pages, slots = k_pages.clone(), torch.zeros(3, dtype=torch.int64)
+    q_out, k_out = q.contiguous(), k.contiguous()
     with compiling_for(architecture) as launches:
         for weight in (None, norm):
             launch_rotate_and_write(
-                q,
-                k,
-                v,
-                angles,
-                angles,
-                torch.empty_like(q),
-                pages,
-                pages.clone(),
-                slots,
-                _SMS,
-                weight,
-                weight,
-                1e-6,
-            )
-    names = ("rotary and KV write", "qk-norm, rotary and KV write")
+                q, k, v, angles, angles, q_out, k_pages, v_pages, slots, _SMS, weight, weight, 1e-6
+            )  # fmt: skip
+        launch_rotary(q, k, angles, angles, q_out, k_out, _SMS)
+        launch_write_kv(k, v, k_pages, v_pages, slots, _SMS)
+    names = ("rotary and KV write", "qk-norm, rotary and KV write", "rotary alone", "KV write alone")
     return [Entry(name, variant, one, 1, None) for name, one in zip(names, launches, strict=True)]
 
 
@@ -140,8 +136,7 @@ def compilations(architecture: int) -> Iterator[Callable[[], list[Entry]]]:
         for variant in attention_variants(head):
             for kind in ("narrow", "wide"):
                 yield partial(compile_attention, architecture, variant, kind)
-        for dtype in (torch.bfloat16, torch.float16):
-            yield partial(compile_layers, architecture, Variant(head, dtype))
+        yield partial(compile_layers, architecture, Variant(head))
     for dtype in (torch.bfloat16, torch.float16):
         for size in (2048, 4096, 8192):
             yield partial(compile_rows, architecture, dtype, size)

@@ -17,6 +17,7 @@ from torch import Tensor
 from drift_kernels.inputs import AttentionInputs, PageTables
 from drift_kernels.triton_ops import plan, tiles
 from drift_kernels.triton_ops.attention import DeviceWork, launch_attention
+from drift_kernels.triton_ops.plan import Ints
 
 _ALIGNED_WORDS = 16  # of 4 bytes; every array starts at a multiple, so that loads vectorise
 _STAGES = 2  # host buffers: one is filled while the other may still be read by a copy
@@ -130,16 +131,33 @@ class AttentionLane:
         fits = query * self.shape.group <= self._narrow.rows
         wide_too = not bool(fits.all())
         for name, tile, chosen in (("narrow", self._narrow, fits), ("wide", self._wide, ~fits)):
-            work = plan.build_work_list(
-                np.flatnonzero(chosen), query, context, self.shape.group, self.shape.kv_heads,
-                tile, num_sms * tile.programs_per_sm, window,
-            )  # fmt: skip
-            self._fill(host, f"{name}_bounds", work.bounds)
-            self._fill(host, f"{name}_items", work.items.reshape(-1))
-            self._fill(host, f"{name}_merges", work.merges.reshape(-1))
-            self._view(host, f"{name}_merge_count")[0] = len(work.merges)
+            self._fill_work(host, name, tile, chosen.nonzero()[0], query, context, num_sms, window)
         self._send(host)
         return self._planned(laid, rows, wide_too, num_sms)
+
+    def _fill_work(
+        self,
+        host: Words,
+        name: str,
+        tile: tiles.Tile,
+        sequences: Ints,
+        query: Ints,
+        context: Ints,
+        num_sms: int,
+        window: int | None,
+    ) -> None:
+        programs = num_sms * tile.programs_per_sm
+        if not len(sequences):  # a captured launch finds nothing to do
+            self._view(host, f"{name}_bounds")[:] = 0
+            self._view(host, f"{name}_merge_count")[0] = 0
+            return
+        work = plan.build_work_list(
+            sequences, query, context, self.shape.group, self.shape.kv_heads, tile, programs, window
+        )
+        self._fill(host, f"{name}_bounds", work.bounds)
+        self._fill(host, f"{name}_items", work.items.reshape(-1))
+        self._fill(host, f"{name}_merges", work.merges.reshape(-1))
+        self._view(host, f"{name}_merge_count")[0] = len(work.merges)
 
     def _planned(self, laid: AttentionInputs, rows: int, wide_too: bool, num_sms: int) -> PlannedInputs:
         sequences = laid.context_lens.shape[0]
@@ -178,13 +196,17 @@ class AttentionLane:
             "slots": 2 * self.tokens,
             "positions": 2 * self.tokens,
         }
+        # A narrow sequence is one tile of rows; a step's query tokens bound the tiles of the wide ones.
+        spans = {
+            "narrow": self.sequences * self.shape.kv_heads,
+            "wide": plan.most_spans(
+                self.sequences, self.tokens, self.shape.group, self.shape.kv_heads, self._wide.rows
+            ),
+        }
         for name, tile in (("narrow", self._narrow), ("wide", self._wide)):
             programs = self.most_sms * tile.programs_per_sm
-            spans = plan.most_spans(
-                self.sequences, self.tokens, self.shape.group, self.shape.kv_heads, tile.rows
-            )
             sizes[f"{name}_bounds"] = programs + 1
-            sizes[f"{name}_items"] = plan.most_items(spans, programs) * plan.ITEM_WORDS
+            sizes[f"{name}_items"] = plan.most_items(spans[name], programs) * plan.ITEM_WORDS
             sizes[f"{name}_merges"] = plan.most_slots(programs) * plan.MERGE_WORDS
             sizes[f"{name}_merge_count"] = 1
         return sizes

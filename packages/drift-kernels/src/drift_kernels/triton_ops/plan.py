@@ -66,49 +66,63 @@ def build_work_list(
     """
     query, context = query_lens[sequences], context_lens[sequences]
     tiles_of = -(-query * group // tile.rows)
-    owner = np.repeat(np.arange(len(sequences)), tiles_of)
-    row = (np.arange(len(owner)) - np.repeat(tiles_of.cumsum() - tiles_of, tiles_of)) * tile.rows
-    past = (context - query)[owner]
-    last_token = np.minimum(query[owner] - 1, (row + tile.rows - 1) // group)
-    stop = past + last_token + 1
-    start = np.zeros_like(stop)
-    if window is not None:
-        earliest = np.maximum(0, past + row // group - window + 1)
-        start = (
-            earliest // tile.keys * tile.keys
-        )  # aligned, so that a tile never straddles two pages' alignment
-    spans = np.stack([sequences[owner], row, start, stop], axis=1)
-    return _share(np.repeat(spans, kv_heads, axis=0), kv_heads, tile, programs)
+    past = context - query
+    if len(sequences) and tiles_of.max() > 1:
+        owner = np.arange(len(sequences)).repeat(tiles_of)
+        row = (np.arange(len(owner)) - (tiles_of.cumsum() - tiles_of)[owner]) * tile.rows
+        sequences, query, past = sequences[owner], query[owner], past[owner]
+    else:
+        row = np.zeros_like(sequences)
+    stop = past + np.minimum(query, (row + tile.rows - 1) // group + 1)
+    if window is None:
+        start = np.zeros_like(stop)
+    else:  # down to a multiple of the tile, so that a tile never lies across two pages of its own size
+        start = np.maximum(0, past + row // group - window + 1) // tile.keys * tile.keys
+    return _share(_Spans(sequences, row, start, stop), kv_heads, tile, programs)
 
 
-def _share(spans: Ints, kv_heads: int, tile: Tile, programs: int) -> WorkList:
-    """Cut spans [n, (sequence, row, start, stop)], kv heads innermost, into equal runs."""
-    length = -(-(spans[:, 3] - spans[:, 2]) // tile.keys)
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """Of one kv head each; all heads' spans follow each other, the head changing fastest."""
+
+    sequence: Ints
+    row: Ints
+    start: Ints
+    stop: Ints
+
+
+def _share(spans: _Spans, kv_heads: int, tile: Tile, programs: int) -> WorkList:
+    """Cut the line of spans into equal runs. Positions on the line are in tiles of keys."""
+    length = (-(-(spans.stop - spans.start) // tile.keys)).repeat(kv_heads)
     ends = length.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     busy = min(programs, -(-total * tile.keys // tile.least_keys))
     marks = np.minimum(np.arange(programs + 1), busy) * total // max(busy, 1)
-    cuts = np.union1d(np.concatenate([[0], ends]), marks)  # in tiles; items lie between neighbours
-    bounds = np.searchsorted(cuts, marks).astype(np.int32)
-    begin, end = cuts[:-1], cuts[1:]
-    span = np.searchsorted(ends, begin, side="right")
-    base = (ends - length)[span]
+    cuts = np.concatenate((marks, ends))
+    cuts.sort(kind="stable")
+    distinct = cuts[1:] != cuts[:-1]
+    begin, end = cuts[:-1][distinct], cuts[1:][distinct]  # an item lies between two neighbouring cuts
+    line = ends.searchsorted(begin, side="right")
+    span, tiles_inside = line // kv_heads, length[line]
+    first_key = spans.start[span] + (begin - ends[line] + tiles_inside) * tile.keys
+    partial = end - begin < tiles_inside
     items = np.zeros((len(span), ITEM_WORDS), dtype=np.int32)
-    items[:, 0] = spans[span, 0]
-    items[:, 1] = span % kv_heads
-    items[:, 2] = spans[span, 1]
-    items[:, 3] = spans[span, 2] + (begin - base) * tile.keys
-    items[:, 4] = np.minimum(spans[span, 3], spans[span, 2] + (end - base) * tile.keys)
-    partial = end - begin < length[span]
+    items[:, 0] = spans.sequence[span]
+    items[:, 1] = line - span * kv_heads
+    items[:, 2] = spans.row[span]
+    items[:, 3] = first_key
+    items[:, 4] = np.minimum(spans.stop[span], first_key + (end - begin) * tile.keys)
     items[:, 5] = np.where(partial, partial.cumsum() - 1, -1)
-    return WorkList(bounds, items, _merges(items[partial], span[partial]))
+    bounds = begin.searchsorted(marks).astype(np.int32)
+    pieces = partial.nonzero()[0]
+    return WorkList(bounds, items, _merges(items[pieces], line[pieces]))
 
 
-def _merges(partial: Words, span: Ints) -> Words:
-    """One row per span in pieces; its pieces are neighbours, so its slots are too."""
-    _, first, count = np.unique(span, return_index=True, return_counts=True)
+def _merges(pieces: Words, line: Ints) -> Words:
+    """One row per span in pieces. They are neighbours, and the n-th piece of all has slot n."""
+    first = np.diff(line, prepend=-1).nonzero()[0]
     merges = np.zeros((len(first), MERGE_WORDS), dtype=np.int32)
-    merges[:, :3] = partial[first, :3]
-    merges[:, 3] = partial[first, 5]
-    merges[:, 4] = count
+    merges[:, :3] = pieces[first, :3]
+    merges[:, 3] = first
+    merges[:, 4] = np.diff(first, append=len(line))
     return merges
