@@ -1,0 +1,64 @@
+"""Where the device keeps each request's last token, and who must have tokens chosen on the host instead.
+
+A request has a cell from its arrival to its end; when there are more requests than cells, the later ones do
+without and the host hands their token over each step. Knows nothing of streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from drift_core.cuda.rows import HOST_TOKEN
+from drift_core.sampler import SamplerState
+
+
+class TokenCells:
+    """`count` cells; the one after them takes tokens that go nowhere."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count - 1, -1, -1))
+        self._cells: dict[str, int] = {}
+        self._seeds: dict[str, int] = {}
+
+    @property
+    def spare(self) -> int:
+        """The cell that nobody reads."""
+        return self.count
+
+    def admit(self, request_id: str, state: SamplerState, seed: int) -> None:
+        """Note a new request; its cell is taken when it first needs one."""
+        self._seeds[request_id] = seed if seed < 1 << 63 else seed - (1 << 64)
+
+    def seed(self, request_id: str) -> int:
+        """The request's, as a signed number of 64 bits."""
+        return self._seeds[request_id]
+
+    def cell(self, request_id: str, state: SamplerState) -> int:
+        """The request's cell, or `HOST_TOKEN`."""
+        if chosen_on_host(state):
+            return HOST_TOKEN
+        cell = self._cells.get(request_id)
+        if cell is None:
+            if not self._free:
+                return HOST_TOKEN
+            cell = self._cells[request_id] = self._free.pop()
+        return cell
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Ended requests give their cells back."""
+        for request_id in request_ids:
+            self._seeds.pop(request_id, None)
+            cell = self._cells.pop(request_id, None)
+            if cell is not None:
+                self._free.append(cell)
+
+
+def chosen_on_host(state: SamplerState) -> bool:
+    """Penalties, biases, a bar on ending and log probabilities are the host sampler's."""
+    return not state.plain or state.params.logprobs is not None
+
+
+def draws(state: SamplerState) -> bool:
+    """Whether the token is drawn, not the likeliest one."""
+    return not state.params.greedy
