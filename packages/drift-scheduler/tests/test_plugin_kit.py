@@ -202,3 +202,30 @@ def test_the_command_prints_a_table_and_exits_with_1(monkeypatch: pytest.MonkeyP
     assert "Raises raised RuntimeError: no" in result.stdout.replace("\n", " ").replace("  ", " ")
     assert "does NOT conform" in result.stdout
     assert drift("plugins", "check", "absent").exit_code == 2
+
+
+def test_a_plugins_observer_sees_every_step_of_a_simulation_until_it_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    class Watching:
+        def on_step(self, record: Any) -> None:
+            seen.append(record.index)
+            if record.index == 9:
+                raise RuntimeError("enough")
+
+    def drift_observers(config: Any) -> list[Any]:
+        assert config["dispatch"] == "gang"
+        return [Watching()]
+
+    plugin = SimpleNamespace(drift_observers=hookimpl(drift_observers))
+    registry = load([("acme", plugin)], installed=False)
+    monkeypatch.setattr(plugins, "load", lambda strict: registry)
+    result = drift(
+        *("simulate", "--workload", "sharegpt", "--requests", "5", "--rate", "5", "--device", "a100-80gb"),
+        *("--model", "llama-3.1-8b", "--dispatch", "gang"),
+    )
+    assert result.exit_code == 0, result.output
+    assert seen == list(range(10))
+    assert "observer Watching is dropped: it raised RuntimeError: enough" in result.stderr

@@ -136,9 +136,10 @@ def simulate(
     from drift_scheduler.domain import SLO
     from drift_scheduler.simulation.run import Scenario, Simulation
 
-    simulation = Simulation(Scenario(slo=SLO(slo_ttft, slo_tbt), **settings), _registry())
+    registry = _registry()
+    simulation = Simulation(Scenario(slo=SLO(slo_ttft, slo_tbt), **settings), registry)
     with ExitStack() as stack:
-        observers: list[Observer] = []
+        observers: list[Observer] = [_Guarded(o) for o in registry.observers(simulation.scenario.config())]
         if log_path is not None:
             from drift_scheduler.decision_log import DecisionLog
 
@@ -177,6 +178,26 @@ def emit(report: dict[str, Any], json_path: str | None) -> None:
     from rich.console import Console
 
     print_report(report, Console(highlight=False))
+
+
+class _Guarded:
+    """A plugin's observer: when it raises it is named, dropped, and the run goes on."""
+
+    def __init__(self, inner: Observer) -> None:
+        self._inner: Observer | None = inner
+
+    def on_step(self, record: StepRecord) -> None:
+        """Hand the step on."""
+        if self._inner is None:
+            return
+        try:
+            self._inner.on_step(record)
+        except Exception as error:  # a third party's observer may raise anything
+            name = type(self._inner).__name__
+            click.echo(
+                f"drift: observer {name} is dropped: it raised {type(error).__name__}: {error}", err=True
+            )
+            self._inner = None
 
 
 class _Progress:
