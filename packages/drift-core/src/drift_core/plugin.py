@@ -1,11 +1,11 @@
-"""What drift-core registers: commands, model architectures, the CPU executor and its partition mechanism.
+"""What drift-core registers: commands, model architectures, the CPU executor and the partition mechanisms.
 
 Loaded by every `drift` command, so everything heavy is imported by the factories and not here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from drift_scheduler.hookspecs import hookimpl
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from drift_core.assembly import Setup
     from drift_core.executor import CpuExecutor
     from drift_kernels.affinity import CpuAffinity
+    from drift_kernels.green_contexts import GreenContexts
+    from drift_kernels.streams_only import StreamsOnly
 
 
 @hookimpl
 def drift_cli_commands() -> Mapping[str, Any]:
-    """`drift generate` and `drift profile`."""
-    from drift_core import cli
+    """`drift generate`, `drift profile` and `drift doctor`."""
+    from drift_core import cli, doctor
 
-    return {"generate": cli.generate, "profile": cli.profile}
+    return {"generate": cli.generate, "profile": cli.profile, "doctor": doctor.doctor}
 
 
 @hookimpl
@@ -40,8 +42,8 @@ def drift_executors() -> Mapping[str, Callable[..., Any]]:
 
 @hookimpl
 def drift_partition_mechanisms() -> Mapping[str, Callable[..., Any]]:
-    """Core affinity, for CPUs."""
-    return {"affinity": _affinity}
+    """Core affinity for CPUs; green contexts, and streams without a partition, for NVIDIA GPUs."""
+    return {"cpu-affinity": _affinity, "green-contexts": _green_contexts, "streams": _streams}
 
 
 def _cpu(setup: Setup) -> CpuExecutor:
@@ -54,3 +56,25 @@ def _affinity(device: int | None = None) -> CpuAffinity:
     from drift_kernels.affinity import CpuAffinity
 
     return CpuAffinity(device)
+
+
+def _green_contexts(
+    device: int = 0, *, relax_coscheduling: bool = False, menu: Sequence[tuple[int, int]] | None = None
+) -> GreenContexts:
+    from drift_kernels.green_contexts import GreenContexts, PartitionUnavailable
+    from drift_scheduler.errors import DriftError
+
+    try:
+        return GreenContexts(device, relax_coscheduling=relax_coscheduling, menu=menu)
+    except PartitionUnavailable as why:
+        raise DriftError(f"partition mechanism 'green-contexts': {why}") from why
+
+
+def _streams(device: int = 0, *, decode_first: bool = True) -> StreamsOnly:
+    from drift_kernels.streams_only import PartitionUnavailable, StreamsOnly
+    from drift_scheduler.errors import DriftError
+
+    try:
+        return StreamsOnly(device, decode_first=decode_first)
+    except PartitionUnavailable as why:
+        raise DriftError(f"partition mechanism 'streams': {why}") from why

@@ -139,27 +139,27 @@ class GreenContexts:
         splits = sorted(self._lanes, key=lambda split: (split[1], -split[0]))
         return ((self.units, 0), *splits, (0, self.units))
 
-    def streams(self, partition: Partition) -> Handles:
+    def streams(self, split: Partition) -> Handles:
         """Stream handles of the lanes, None for a lane without SMs.
 
-        partition: one of the menu, one that was asked for, or (units, units): both lanes on all SMs. Raises
+        split: one of the menu, one that was asked for, or (units, units): both lanes on all SMs. Raises
         ValueError for any other.
         """
         if self._closed:
             raise RuntimeError(f"the green contexts of {self._whole.name} are closed")
-        if self._is_whole(partition):
+        if self._is_whole(split):
             # Of what the process may use: fewer than the device has where MPS gives it a share.
-            prefill, decode = (self._whole.units if units else 0 for units in partition)
+            prefill, decode = (self._whole.units if units else 0 for units in split)
             return self._whole.streams((prefill, decode))
-        return self._of(partition).streams
+        return self._of(split).streams
 
-    def realised(self, partition: Partition) -> Partition:
+    def realised(self, split: Partition) -> Partition:
         """SMs that each lane really got, as its green context says, for a partition as in `streams`."""
-        return partition if self._is_whole(partition) else self._of(partition).realised
+        return split if self._is_whole(split) else self._of(split).realised
 
-    def torch_streams(self, partition: Partition) -> tuple[Any, Any]:
+    def torch_streams(self, split: Partition) -> tuple[Any, Any]:
         """The streams of `streams` as `torch.cuda.ExternalStream`s."""
-        return as_torch(self.streams(partition), self.device_index)
+        return as_torch(self.streams(split), self.device_index)
 
     def close(self) -> None:
         """Destroy every stream and context; the lanes must be idle. A second call does nothing.
@@ -366,13 +366,13 @@ class GreenContexts:
 
     # ----------------------------------------------------------------------------------------- partitions
 
-    def _is_whole(self, partition: Partition) -> bool:
-        return partition in ((self.units, 0), (0, self.units), (self.units, self.units))
+    def _is_whole(self, split: Partition) -> bool:
+        return split in ((self.units, 0), (0, self.units), (self.units, self.units))
 
-    def _of(self, partition: Partition) -> _Lanes:
-        found = self._lanes.get(partition) or self._lanes.get(self._asked.get(partition, partition))
+    def _of(self, split: Partition) -> _Lanes:
+        found = self._lanes.get(split) or self._lanes.get(self._asked.get(split, split))
         if found is None:
-            raise ValueError(f"no split {partition} was prepared; choose from {list(self.menu())}")
+            raise ValueError(f"no split {split} was prepared; choose from {list(self.menu())}")
         return found
 
 

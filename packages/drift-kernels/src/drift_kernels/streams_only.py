@@ -111,25 +111,25 @@ class StreamsOnly:
         """The whole device for either lane: nothing can be divided."""
         return ((self.units, 0), (0, self.units))
 
-    def streams(self, partition: Partition) -> Handles:
+    def streams(self, split: Partition) -> Handles:
         """Stream handles of the lanes. Raises ValueError for a partition that divides the device."""
         self._check_open()
-        prefill, decode = partition
+        prefill, decode = split
         if {prefill, decode} not in ({0, self.units}, {self.units}):
             raise ValueError(
-                f"partition {partition} divides the device, two plain streams cannot; choose from "
+                f"split {split} divides the device, two plain streams cannot; choose from "
                 f"{[*self.menu(), (self.units, self.units)]}"
             )
         return (self._prefill if prefill else None, self._decode if decode else None)
 
-    def realised(self, partition: Partition) -> Partition:
+    def realised(self, split: Partition) -> Partition:
         """SMs each lane may use: those asked for."""
-        self.streams(partition)
-        return partition
+        self.streams(split)
+        return split
 
-    def torch_streams(self, partition: Partition) -> tuple[Any, Any]:
+    def torch_streams(self, split: Partition) -> tuple[Any, Any]:
         """The same streams as `torch.cuda.ExternalStream`s."""
-        return as_torch(self.streams(partition), self.device_index)
+        return as_torch(self.streams(split), self.device_index)
 
     def close(self) -> None:
         """Destroy the streams; the lanes must be idle. A second call does nothing. Raises the first CudaError."""
