@@ -22,6 +22,11 @@ class TokenCells:
         self._seeds: dict[str, int] = {}
 
     @property
+    def free(self) -> int:
+        """Cells that no request has."""
+        return len(self._free)
+
+    @property
     def spare(self) -> int:
         """The cell that nobody reads."""
         return self.count

@@ -190,7 +190,9 @@ class DecodeLane:
         host["query_starts"][: extent.sequences + 1] = np.arange(extent.sequences + 1)
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         choose = self._chooser.ask(ids, rows.states, host, each)
-        run = Work("decode", _nothing, self._touches(each, host, count, rows.pages_used), count, self._layers)
+        run = Work(
+            "decode", _nothing, self._touches(each, host, extent, np.zeros(0, np.int64)), count, self._layers
+        )
 
         def launch() -> None:
             each.buffers.send(stream, extent.sequences)
@@ -253,7 +255,7 @@ class DecodeLane:
         host = each.buffers.open()
         table = each.buffers.table(host)
         self.rows.fill(host, table, self.cells.spare)
-        written = self._fill_chunks(each, host, table, chunks, count, units)
+        pages = self._fill_chunks(each, host, table, chunks, count, units)
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         pad_from = count + len(chunks)
         host["context_lens"][pad_from : extent.sequences] = 1
@@ -263,8 +265,7 @@ class DecodeLane:
         firsts = self._fill_samples(host, chunks, finishing, count, extent.samples)
         states = self.rows.states + [self._sequences[chunk.request_id] for chunk in finishing]
         choose = self._chooser.ask(ids + firsts, states, host, each)
-        pages = np.concatenate([self.rows.pages_used.ravel(), written])
-        touches = self._touches(each, host, count + chunk_tokens, pages)
+        touches = self._touches(each, host, extent, pages)
         step = _nothing if captured else each.step(extent, units)
         run = Work("mixed", step, touches, count + chunk_tokens, self._layers)
 
@@ -332,18 +333,20 @@ class DecodeLane:
         return self._model.config.num_layers
 
     def _touches(
-        self, each: Pass, host: dict[str, Array], tokens: int, pages: np.ndarray[Any, np.dtype[Any]]
+        self, each: Pass, host: dict[str, Array], extent: Extent, more_pages: Ints
     ) -> Callable[[], Touches]:
-        slots = cast(Ints, host["slots"])[:tokens].copy() if self._accelerator.kind == "cpu" else None
-        cells = cast(Ints, host["sample_cells"]).copy() if slots is not None else None
-
-        def touches() -> Touches:
-            assert slots is not None
-            assert cells is not None
-            used = cells[(cells >= 0) & (cells < self.cells.spare)]
-            return each.touches(kv_cells(pages), kv_cells(slots // self._kv.page_tokens), token_cells(used))
-
-        return touches
+        """What the pass that `host` describes touches, for devices that ask; decided now, as `host` is refilled."""
+        if self._accelerator.kind == "cuda":
+            return Touches
+        slots = cast(Ints, host["slots"])[: extent.tokens]
+        cells = cast(Ints, host["sample_cells"])[: extent.samples]
+        pages = np.concatenate([self.rows.pages_used, more_pages])
+        touches = each.touches(
+            kv_cells(pages),
+            kv_cells(slots[slots >= 0] // self._kv.page_tokens),
+            token_cells(cells[cells < self.cells.spare]),
+        )
+        return lambda: touches
 
 
 class PrefillLane:
@@ -372,9 +375,7 @@ class PrefillLane:
         kernels, config = self._model.kernels, self._model.config
         wide = kernels.wide_size(self._rows, tokens, self._accelerator.units)
         room = Room(tokens, self._rows, bucket_of(self._rows), self._pages, wide=wide)
-        hidden = self._accelerator.empty(
-            (tokens, config.hidden_size), self._model.on(self._accelerator.units).weights.dtype
-        )
+        hidden = self._accelerator.empty((tokens, config.hidden_size), self._model.dtype)
         return Pass(
             self._model, PassBuffers(self._accelerator, room), self.outputs, self._last_tokens, hidden
         )

@@ -30,6 +30,7 @@ class Model:
 
     def __init__(self, decoder: Decoder, cache: KvCache, kernels: Kernels, max_context: int) -> None:
         self.config, self.cache, self.kernels, self.max_context = decoder.config, cache, kernels, max_context
+        self.dtype = decoder.weights.dtype
         self._first = decoder
         self._decoders: dict[int, Decoder] = {}
 

@@ -66,8 +66,10 @@ class DecodeRows:
 
     @property
     def pages_used(self) -> npt.NDArray[np.int32]:
-        """The rows' page tables as far as the longest context."""
-        return self._table[:, : self._width]
+        """Pages that the step reads, of all rows one after another."""
+        there = np.arange(self._width) < -(-self._context // self._kv.page_tokens)[:, None]
+        pages: npt.NDArray[np.int32] = self._table[:, : self._width][there]
+        return pages
 
     def move_on(self, num_sms: int) -> None:
         """Make the rows stand at the step after the last one; once per step, early or late."""

@@ -7,7 +7,7 @@ each lane's graphs share one private pool. Knows nothing of models or requests.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -70,12 +70,12 @@ class TorchCuda:
     def stream(self, place: Place, handle: int | None = None) -> Stream:
         """A new non-blocking stream, or a partition's."""
         if handle is None:
-            return TorchStream(place, torch.cuda.Stream(self.device))
-        return TorchStream(place, torch.cuda.ExternalStream(handle, device=self.device))
+            return TorchStream(place, _call(torch.cuda.Stream, self.device))
+        return TorchStream(place, _call(torch.cuda.ExternalStream, handle, device=self.device))
 
     def event(self) -> Event:
         """With timing."""
-        return torch.cuda.Event(enable_timing=True)
+        return cast(Event, _call(torch.cuda.Event, enable_timing=True))
 
     def record(self, event: Event, stream: Stream) -> None:
         """Mark the stream's present end."""
@@ -88,7 +88,7 @@ class TorchCuda:
     def reached(self, event: Event) -> bool:
         """Poll."""
         try:
-            return bool(_event(event).query())
+            return bool(_call(_event(event).query))
         except RuntimeError as error:
             raise CudaError(f"the device failed: {_line(error)}") from error
 
@@ -160,6 +160,11 @@ class TorchCuda:
         free, _ = torch.cuda.mem_get_info(self.device)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(free + cached)
+
+
+def _call(make: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """What torch's stubs leave untyped."""
+    return make(*args, **named)
 
 
 def _raw(stream: Stream) -> torch.cuda.Stream:
