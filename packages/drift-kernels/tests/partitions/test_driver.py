@@ -89,9 +89,23 @@ def test_a_stream_made_the_old_way_is_not_left_behind(failing: str) -> None:
     cuda.failing = {failing: 2}
     with pytest.raises(CudaError, match=failing):
         driver.create_green_stream(green)
+    assert len(cuda.current) == (failing == "cuCtxPopCurrent")
     cuda.failing = {}
     driver.destroy_green(green)
     assert cuda.left() == []
+
+
+@pytest.mark.parametrize(
+    ("version", "way"), [(12040, "cuCtxFromGreenCtx"), (12050, "cuGreenCtxStreamCreate")]
+)
+def test_a_stream_is_made_as_the_driver_can_whatever_the_bindings_have(version: int, way: str) -> None:
+    cuda = FakeCuda(version=version)
+    driver = Driver(cuda)
+    device = driver.device(0)
+    green = driver.create_green(driver.descriptor([driver.sm_resource(device).raw]), device)
+    started = len(cuda.calls)
+    driver.create_green_stream(green)
+    assert way in cuda.names(started)[:2]
 
 
 def test_missing_bindings_are_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,7 @@ def test_requests_are_rounded_reported_and_merged() -> None:
         )
         assert contexts.realised((112, 20)) == (108, 24)
         assert contexts.streams((112, 20)) == contexts.streams((108, 24))
+    assert cuda.names().count("cuGreenCtxCreate") == 4, "two splits; the one asked for twice is made once"
     assert cuda.left() == []
 
 
