@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -375,6 +379,48 @@ def test_processes_change_nothing(registry: Registry) -> None:
     assert set(seen) == {"gang", "prefill-first"}
     with pytest.raises(DriftError, match="jobs is 0"):
         run_searches(searches(), 0, registry)
+
+
+KILLED = f"""
+import multiprocessing
+from dataclasses import replace
+from drift_scheduler.domain import SLO
+from drift_scheduler.goodput import Criterion, Trial
+from drift_scheduler.simulation.run import Scenario
+from drift_scheduler.workers import run_searches
+
+def endless():
+    scenario = Scenario("{SHORT}", "h200", "llama-3.1-8b", "gang", SLO(1.0, 0.1), rate=1.0, requests=2)
+    while True:
+        yield [Trial(scenario, Criterion())]
+
+if __name__ == "__main__":
+    def tell(name, outcome):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    run_searches({{"a": endless(), "b": endless()}}, 2, on_trial=tell)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+        assert pids
+        deadline = time.monotonic() + 120
+        while any(map(_runs, pids)):
+            assert time.monotonic() < deadline, "workers outlived their parent"
+            time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def drift(*args: str) -> Result:

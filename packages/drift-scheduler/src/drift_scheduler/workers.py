@@ -6,6 +6,9 @@ Trials are pure, so processes are spawned, share nothing, and load the installed
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -137,7 +140,17 @@ _registry: Registry | None = None
 
 def _prepare() -> None:
     global _registry  # noqa: PLW0603 - set once per process, before its first trial
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells workers when to end
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _registry = load(strict=False)
+
+
+def _end_with_parent() -> None:
+    """A pool's workers would wait for work for ever when their parent is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(trial: Trial) -> Outcome:
