@@ -24,7 +24,7 @@ from drift_core.lanes import Pin
 from drift_core.memory import available_bytes, check_weights_fit, kv_budget, readable
 from drift_core.model.config import ModelConfig, load_config, model_directory
 from drift_core.model.decoder import Decoder, KvCache
-from drift_core.model.weights import DTYPES, load_weights
+from drift_core.model.weights import DTYPES, Weights, load_weights, random_weights
 from drift_core.sequences import SequenceTable
 from drift_kernels.affinity import CpuAffinity
 from drift_kernels.ops import Ops, select_ops
@@ -100,15 +100,23 @@ def build_cpu(setup: Setup) -> CpuExecutor:
     max_context = setup.max_context
     check_weights_fit(config.model, model.num_parameters * dtype.itemsize, available_bytes())
     setup.progress("load weights", 0.0)
-    weights = load_weights(
-        setup.directory, model, dtype, "cpu", lambda fraction: setup.progress("load weights", fraction)
-    )
+    weights = _cpu_weights(setup, dtype)
     setup.progress("allocate KV", 0.0)
     plan = _plan(config, model, dtype, max_context)
     log.info(plan.describe())
     cache = KvCache.allocate(model, plan.num_pages, plan.page_tokens, dtype, "cpu")
     decoder = Decoder(model, weights, ops, plan.max_context)
     return cpu_executor(decoder, cache, plan, affinity, seed=config.seed)
+
+
+def _cpu_weights(setup: Setup, dtype: torch.dtype) -> Weights:
+    if setup.config.load_format == "dummy":
+        return random_weights(setup.model, dtype, "cpu", setup.config.seed)
+    if setup.config.load_format != "auto":
+        raise UnknownNameError("load format", setup.config.load_format, ["auto", "dummy"])
+    return load_weights(
+        setup.directory, setup.model, dtype, "cpu", lambda fraction: setup.progress("load weights", fraction)
+    )
 
 
 def cpu_executor(
@@ -190,9 +198,13 @@ def _build(
 
 def _measure(setup: Setup, executor: ModelExecutor, *, full: bool) -> CostTable:
     running = setup.config.max_running
-    grid = profile.plan_grid(
-        executor.device, max_context=executor.plan.max_context, max_running=running, full=full
-    )
+    own = getattr(executor, "plan_grid", None)  # of executors whose devices are nothing like CPU cores
+    if own is not None:
+        grid = own(max_running=running, full=full)
+    else:
+        grid = profile.plan_grid(
+            executor.device, max_context=executor.plan.max_context, max_running=running, full=full
+        )
     setup.progress("profile", 0.0)
     return executor.profile(grid, setup.config.model, lambda fraction: setup.progress("profile", fraction))
 

@@ -46,7 +46,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `model`: a local Hugging Face directory, or "demo". `cost`: "auto" fits the profile; any other name is an
     installed cost model. `profile`: "short" measures at start (or takes the cached table of an earlier start),
     "none" does not, anything else is the path of a table that `drift profile` wrote. `log`: path of a decision
-    log. `cores`: how many CPU cores to use, all allowed ones when not given. Times are seconds.
+    log. `cores`: how many CPU cores to use, all allowed ones when not given. `load_format`: "auto" reads the
+    checkpoint, "dummy" makes random weights of its shape. Times are seconds.
     """
 
     model: str
@@ -68,6 +69,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     profile: str = "short"
     log: str | None = None
     cores: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    load_format: str = "auto"
 
 
 def engine_config(**fields: Any) -> EngineConfig:

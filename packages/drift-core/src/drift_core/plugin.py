@@ -12,6 +12,7 @@ from drift_scheduler.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from drift_core.assembly import Setup
+    from drift_core.cuda.executor import CudaExecutor
     from drift_core.executor import CpuExecutor
     from drift_kernels.affinity import CpuAffinity
     from drift_kernels.green_contexts import GreenContexts
@@ -37,7 +38,7 @@ def drift_models() -> Mapping[str, Callable[..., Any]]:
 @hookimpl
 def drift_executors() -> Mapping[str, Callable[..., Any]]:
     """Device kind -> `(Setup) -> executor`."""
-    return {"cpu": _cpu}
+    return {"cpu": _cpu, "cuda": _cuda}
 
 
 @hookimpl
@@ -50,6 +51,12 @@ def _cpu(setup: Setup) -> CpuExecutor:
     from drift_core.assembly import build_cpu
 
     return build_cpu(setup)
+
+
+def _cuda(setup: Setup) -> CudaExecutor:
+    from drift_core.cuda.assembly import build_cuda
+
+    return build_cuda(setup)
 
 
 def _affinity(device: int | None = None) -> CpuAffinity:

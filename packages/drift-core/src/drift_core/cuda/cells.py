@@ -31,8 +31,13 @@ class TokenCells:
         """The cell that nobody reads."""
         return self.count
 
-    def admit(self, request_id: str, state: SamplerState, seed: int) -> None:
-        """Note a new request; its cell is taken when it first needs one."""
+    def admit(self, request_id: str, seed: int, *, chosen_before: bool = False) -> None:
+        """Note a new request; its cell is taken when it first needs one.
+
+        `chosen_before`: its latest token was not chosen on this device, so that no cell can hold it.
+        """
+        if chosen_before:
+            self._cells[request_id] = HOST_TOKEN
         self._seeds[request_id] = seed if seed < 1 << 63 else seed - (1 << 64)
 
     def seed(self, request_id: str) -> int:
@@ -54,8 +59,8 @@ class TokenCells:
         """Ended requests give their cells back."""
         for request_id in request_ids:
             self._seeds.pop(request_id, None)
-            cell = self._cells.pop(request_id, None)
-            if cell is not None:
+            cell = self._cells.pop(request_id, HOST_TOKEN)
+            if cell != HOST_TOKEN:
                 self._free.append(cell)
 
 

@@ -155,8 +155,8 @@ class Partitions(Protocol):
     def menu(self) -> tuple[tuple[int, int], ...]:
         """(prefill, decode) units of each split it has prepared."""
 
-    def streams(self, split: tuple[int, int]) -> tuple[int, int]:
-        """Driver handles of the prefill and the decode stream of a split."""
+    def streams(self, split: tuple[int, int]) -> tuple[int | None, int | None]:
+        """Driver handles of the prefill and the decode stream; (units, units) is both lanes on everything."""
 
     def realised(self, split: tuple[int, int]) -> tuple[int, int]:
         """Units that the lanes of a split really have."""
@@ -174,9 +174,9 @@ class WholeDevice:
         """The whole device for either phase."""
         return ((self.units, 0), (0, self.units))
 
-    def streams(self, split: tuple[int, int]) -> tuple[int, int]:
-        """There are none: the executor makes plain streams for the whole device."""
-        raise CudaError(f"no partition {split[0]}+{split[1]}: this device is not split")
+    def streams(self, split: tuple[int, int]) -> tuple[int | None, int | None]:
+        """No streams of its own: plain ones will do."""
+        return None, None
 
     def realised(self, split: tuple[int, int]) -> tuple[int, int]:
         """As asked."""

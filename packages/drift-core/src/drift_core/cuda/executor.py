@@ -18,10 +18,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from drift_core.batches import PageTables as LanePages
+from drift_core.cuda import measure
 from drift_core.cuda.device import Accelerator, Partitions, Place, Stream
 from drift_core.cuda.kernels import Kernels
 from drift_core.cuda.lanes import DecodeLane, PrefillLane, Sampled
@@ -29,10 +32,13 @@ from drift_core.cuda.order import Mark, Order
 from drift_core.cuda.passes import Model
 from drift_core.executor import IDLE, LanesNow
 from drift_core.kv import PagedKv, PoolPlan
+from drift_core.model.config import ModelConfig
 from drift_core.model.decoder import Decoder, KvCache
+from drift_core.profile import Grid
 from drift_core.sampler import SamplerState, sample
 from drift_core.sampling_params import SamplingParams
 from drift_core.sequences import SequenceTable
+from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import (
     DecodeDone,
     Device,
@@ -102,7 +108,7 @@ class CudaExecutor:
         decoder: Decoder,
         cache: KvCache,
         kernels: Kernels,
-        kv: PagedKv,
+        kv: LanePages,
         plan: PoolPlan,
         sequences: SequenceTable,
         device: Device,
@@ -113,7 +119,8 @@ class CudaExecutor:
     ) -> None:
         """cache: one page more than `plan` has, for rows that pad a bucket. prefill_tokens: room to begin with."""
         assert cache.num_pages == plan.num_pages + 1, "the cache lacks its spare page"
-        self.kv, self.plan = kv, plan
+        self._kv, self.plan = kv, plan
+        self._decoder, self._prefill_tokens = decoder, prefill_tokens
         self.accelerator = accelerator
         self.times = HostTimes()
         self._partitions, self._device, self._sequences, self._seed = partitions, device, sequences, seed
@@ -133,6 +140,22 @@ class CudaExecutor:
         self._over = False
 
     # ------------------------------------------------------------------------------------- facts
+
+    @property
+    def kv(self) -> PagedKv:
+        """The pool that the scheduler manages."""
+        assert isinstance(self._kv, PagedKv), "made-up pages are nobody's to manage"
+        return self._kv
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the model it runs."""
+        return self._model.config
+
+    @property
+    def kernels_description(self) -> str:
+        """Which kernels."""
+        return self._model.kernels.description
 
     @property
     def device(self) -> Device:
@@ -170,9 +193,11 @@ class CudaExecutor:
             for lane, handle, units in zip((Lane.PREFILL, Lane.DECODE), handles, realised, strict=True):
                 place = Place(lane, split)
                 self._streams[place], self._units[place] = self.accelerator.stream(place, handle), units
-        for lane in Lane:
+        whole = self._partitions.streams(self._device.unpartitioned)
+        for lane, handle in zip((Lane.PREFILL, Lane.DECODE), whole, strict=True):
             place = Place(lane, None)
-            self._streams[place], self._units[place] = self.accelerator.stream(place), self.accelerator.units
+            self._streams[place] = self.accelerator.stream(place, handle)
+            self._units[place] = self._device.total_units
 
     # ------------------------------------------------------------------------------------- from outside
 
@@ -183,7 +208,7 @@ class CudaExecutor:
         seed = sampling.seed if sampling.seed is not None else self._seed * _SEED_STRIDE + self._arrivals
         state = SamplerState(sampling, request.prompt, model.eos_token_ids, model.vocab_size, seed)
         self._sequences.add(request.id, request.prompt, state)
-        self.decode.cells.admit(request.id, state, seed)
+        self.decode.cells.admit(request.id, seed)
         self.post(RequestArrived(request))
 
     def post(self, event: Event) -> None:
@@ -447,6 +472,28 @@ class CudaExecutor:
         return DecodeDone(seconds, found.tokens, found.stopped_ids(), found.named_details())
 
     # ------------------------------------------------------------------------------- before serving
+
+    def twin(self, kv: LanePages, sequences: SequenceTable) -> CudaExecutor:
+        """Another executor over the same weights, cache and partitions, for measurements; not to be closed."""
+        made = CudaExecutor(
+            self.accelerator, self._partitions, self._decoder, self._model.cache, self._model.kernels, kv,
+            self.plan, sequences, self._device, max_running=self.decode.max_running,
+            prefill_tokens=self._prefill_tokens, seed=self._seed,
+        )  # fmt: skip
+        made._streams, made._units = self._streams, self._units
+        return made
+
+    def plan_grid(self, *, max_running: int, full: bool) -> Grid:
+        """What to measure of this device."""
+        return measure.plan_grid(
+            self._device, max_context=self.plan.max_context, max_running=max_running, full=full
+        )
+
+    def profile(
+        self, grid: Grid, model: str, progress: Callable[[float], None], journal: Path | None = None
+    ) -> CostTable:
+        """Measure a cost table. Only while nothing is served."""
+        return measure.measure(self, grid, model=model, progress=progress, journal=journal)
 
     def warm_up(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
         """Compile kernels and capture the common graphs; from then on nothing is allocated."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drift_core.batches import PageTables
 from drift_core.cuda.buffers import Array, PassBuffers, Room
 from drift_core.cuda.cells import TokenCells, chosen_on_host, draws
 from drift_core.cuda.decode_work import Ints
@@ -21,7 +22,6 @@ from drift_core.cuda.device import Accelerator, Graph, Stream, Touches, Work
 from drift_core.cuda.order import Order
 from drift_core.cuda.passes import Extent, Graphs, Model, Outputs, Pass, kv_cells, token_cells
 from drift_core.cuda.rows import DecodeRows, pad
-from drift_core.kv import PagedKv
 from drift_core.sampler import MIN_TEMPERATURE
 from drift_core.sequences import SequenceState, SequenceTable
 from drift_scheduler.domain import Lane, PrefillBlock, PrefillChunk
@@ -127,7 +127,7 @@ class DecodeLane:
         self,
         accelerator: Accelerator,
         model: Model,
-        kv: PagedKv,
+        kv: PageTables,
         sequences: SequenceTable,
         max_running: int,
         prefill_tokens: int,
@@ -139,7 +139,8 @@ class DecodeLane:
         self.max_running = max_running
         self.cells = TokenCells(2 * max_running)
         self.last_tokens = accelerator.empty((self.cells.count + 1,), torch.int64)
-        self.outputs = Outputs(accelerator, Lane.DECODE, model, bucket_of(max_running), units)
+        self._samples = bucket_of(max_running + 1)  # a profile's mixed pass has one request more
+        self.outputs = Outputs(accelerator, Lane.DECODE, model, self._samples, units)
         rows = bucket_of(max_running)
         self._steps = self._pass(Room(rows, rows, rows, self._pages, narrow=kernels.narrow_size(rows, units)))
         self._mixes = self._pass(self._mixed_room(prefill_tokens))
@@ -154,7 +155,7 @@ class DecodeLane:
         return Pass(self._model, PassBuffers(self._accelerator, room), self.outputs, self.last_tokens)
 
     def _mixed_room(self, tokens: int) -> Room:
-        units, kernels, rows = self._accelerator.units, self._model.kernels, bucket_of(self.max_running)
+        units, kernels, rows = self._accelerator.units, self._model.kernels, self._samples
         return Room(
             tokens + rows, 2 * rows, rows, self._pages,
             kernels.narrow_size(rows, units), kernels.wide_size(rows, tokens, units),
@@ -356,7 +357,7 @@ class PrefillLane:
         self,
         accelerator: Accelerator,
         model: Model,
-        kv: PagedKv,
+        kv: PageTables,
         sequences: SequenceTable,
         decode: DecodeLane,
         prefill_tokens: int,
@@ -607,7 +608,7 @@ class Layout:
         return np.concatenate(parts).astype(np.int64)
 
 
-def lay_out(chunks: Sequence[PrefillChunk], sequences: SequenceTable, kv: PagedKv) -> Layout:
+def lay_out(chunks: Sequence[PrefillChunk], sequences: SequenceTable, kv: PageTables) -> Layout:
     """The rows of chunks, from what is known of their requests."""
     tokens = [_tokens(sequences[chunk.request_id].tokens, chunk) for chunk in chunks]
     context = np.array([chunk.stop for chunk in chunks], np.int64)

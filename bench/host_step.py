@@ -1,0 +1,227 @@
+"""What a step costs the host on the CUDA path: `python bench/host_step.py [--running N ...] [--json PATH]`.
+
+The real scheduler and the real CUDA executor, KV pool and lists of attention work for Llama-3.1-8B's shape, over a stub
+device whose work takes virtual time and computes nothing. So this is what Drift's own Python costs; the driver's calls of
+a step (one copy, one graph launch, two or three events) come on top and are measured by `bench/gpu.py`.
+
+Two numbers per count of running requests. *Gap*: from the moment a finished step is seen to the moment the next one is
+launched, when the device has nothing to decode; the bound is 300 us at 128. *Total*: all the host does per step, what it
+prepares while the device runs included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(p) for p in (Path(__file__).parent.parent / "packages").glob("*/src")]
+
+import torch  # noqa: E402
+
+from drift_core.cuda.executor import CudaExecutor  # noqa: E402
+from drift_core.cuda.kernels import ReferenceKernels, Shape  # noqa: E402
+from drift_core.cuda.stub import StubDevice  # noqa: E402
+from drift_core.kv import PagedKv, PoolPlan  # noqa: E402
+from drift_core.model.config import ModelConfig, Rope  # noqa: E402
+from drift_core.model.decoder import Decoder, KvCache  # noqa: E402
+from drift_core.model.weights import random_weights  # noqa: E402
+from drift_core.sampling_params import SamplingParams  # noqa: E402
+from drift_core.sequences import SequenceTable  # noqa: E402
+from drift_kernels.ops import ReferenceOps  # noqa: E402
+from drift_scheduler.conformance import FlatCosts  # noqa: E402
+from drift_scheduler.dispatch import FACTORIES  # noqa: E402
+from drift_scheduler.domain import (  # noqa: E402
+    SLO,
+    Device,
+    Finished,
+    Partition,
+    Request,
+    Sharing,
+    Step,
+)
+from drift_scheduler.loop import serve  # noqa: E402
+from drift_scheduler.partition import TightestDecode  # noqa: E402
+from drift_scheduler.scheduler import Limits, Scheduler  # noqa: E402
+
+CLOCK = time.thread_time
+"""Processor time of the engine's thread: what else runs on the machine does not count."""
+
+COUNTS = (16, 64, 128, 256)
+BOUND_US = {128: 300.0}
+UNITS, LAYERS, PAGE_TOKENS, CONTEXT = 132, 4, 16, 8192
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
+
+# Heads and pages of Llama-3.1-8B, which decide what the host does; widths that it never looks at are small.
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=LAYERS,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_eps=1e-5,
+    rope=Rope(500000.0),
+    layer_windows=(None,) * LAYERS,
+    max_context=CONTEXT,
+)
+
+
+class Splits:
+    """An H200's menu, with nothing behind it."""
+
+    units = UNITS
+
+    def menu(self) -> tuple[tuple[int, int], ...]:
+        splits = tuple((UNITS - decode, decode) for decode in range(16, 121, 16))
+        return ((UNITS, 0), *splits, (0, UNITS))
+
+    def streams(self, split: tuple[int, int]) -> tuple[int, int]:
+        return 0, 0
+
+    def realised(self, split: tuple[int, int]) -> tuple[int, int]:
+        return split
+
+    def close(self) -> None:
+        return
+
+
+def build(running: int) -> CudaExecutor:
+    """An executor whose device computes nothing: 6 ms a decode step, 1 ms a layer of prefill."""
+    stub = StubDevice(
+        UNITS,
+        lambda work, place: {"decode": 6e-3, "prefill": 1e-3 * work.layers}.get(work.name, 2e-6),
+        runs=False,
+        checks=False,
+    )
+    stub.kind = "cuda"  # nobody asks what work touches
+    pages = running * (CONTEXT // PAGE_TOKENS) // 2
+    sequences = SequenceTable()
+    kv = PagedKv(pages, PAGE_TOKENS, sequences.tokens_of)
+    cache = KvCache([torch.empty(pages + 1, 0)], [torch.empty(pages + 1, 0)], PAGE_TOKENS)
+    decoder = Decoder(MODEL, random_weights(MODEL, torch.float32), ReferenceOps(), CONTEXT)
+    menu = tuple(Partition(*entry) for entry in Splits().menu())
+    device = Device(UNITS, menu, LAYERS, frozenset(Sharing), name="stub")
+    executor = CudaExecutor(
+        stub, Splits(), decoder, cache, ReferenceKernels(Shape.of(MODEL, PAGE_TOKENS)), kv,
+        PoolPlan(pages, PAGE_TOKENS, 1, CONTEXT), sequences, device, max_running=running, prefill_tokens=8192,
+    )  # fmt: skip
+    executor.warm_up()
+    return executor
+
+
+class Watch:
+    """Times of every pass through the loop in which a decode step ended and the next one was launched."""
+
+    def __init__(self, executor: CudaExecutor, running: int, steps: int) -> None:
+        self.gaps: list[float] = []
+        self.totals: list[float] = []
+        self._executor, self._running, self._left = executor, running, steps
+        self._seen = self._spent = 0.0
+        self._decoding = 0
+        self._submit, self._wait = executor.submit, executor.wait
+        self._news = executor._news
+        executor.submit = self.submit  # type: ignore[method-assign]
+        executor.wait = self.wait  # type: ignore[method-assign]
+        executor._news = self.news  # type: ignore[method-assign]
+
+    def news(self) -> list[Any]:
+        begun = CLOCK()
+        events = self._news()
+        if events:
+            self._seen = begun
+        return events
+
+    def submit(self, gang: Any) -> None:
+        self._submit(gang)
+        if gang.decode is not None:
+            now = CLOCK()
+            if len(gang.decode.request_ids) >= 0.9 * self._running and self._decoding:
+                launched = self._executor.times.spent.get("launch decode")
+                after = self._executor.times.spent["submit"][-1] - launched[-1] if launched else 0.0
+                self.gaps.append(now - self._seen - after)
+                prepared = self._executor.times.spent.pop("prepare", [0.0])
+                self.totals.append(now - self._seen + sum(prepared))
+                self._left -= 1
+            self._decoding += 1
+
+    def wait(self, until: float | None) -> Sequence[Any] | None:
+        if self._left <= 0:
+            self._executor.shut_down()
+        return self._wait(until)
+
+
+def measure(running: int, steps: int, policy: str) -> dict[str, float]:
+    """Steady decoding of `running` requests; as one ends, another arrives."""
+    draw = random.Random(running)
+    executor = build(running)
+    executor.times.clock = CLOCK
+    scheduler = Scheduler(
+        executor.device, executor.kv, FACTORIES[policy](), TightestDecode(), FlatCosts(), Limits(max_running=running)
+    )
+    watch = Watch(executor, running, steps)
+    made = 0
+
+    def arrive(output: int) -> None:
+        nonlocal made
+        prompt = [draw.randrange(512) for _ in range(draw.randint(200, 1500))]
+        request = Request(f"r{made}", executor.now(), len(prompt), output, SLO(10.0, 0.1), prompt=prompt)
+        executor.arrive(request, GREEDY)
+        made += 1
+
+    def deliver(step: Step) -> None:
+        for fault in step.faults:
+            raise RuntimeError(fault)
+        for output in step.outputs:
+            if isinstance(output, Finished):
+                arrive(draw.randint(100, 400))
+
+    for _ in range(running):
+        arrive(draw.randint(5, 400))
+    serve(scheduler, executor, deliver)
+    gaps, totals = watch.gaps, watch.totals
+    return {
+        "steps": len(gaps),
+        "gap_us_p10": _quantile(gaps, 0.1) * 1e6,
+        "gap_us_p50": statistics.median(gaps) * 1e6,
+        "gap_us_p90": _quantile(gaps, 0.9) * 1e6,
+        "total_us_p50": statistics.median(totals) * 1e6,
+    }
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--dispatch", default="gang", choices=sorted(FACTORIES))
+    parser.add_argument("--json", default=None, metavar="PATH")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {}
+    print(f"{'running':>8}{'gap p10':>10}{'p50':>8}{'p90':>8}{'total p50':>12}  us")
+    for count in options.running:
+        row = rows[count] = measure(count, options.steps, options.dispatch)
+        print(
+            f"{count:>8}{row['gap_us_p10']:>10.0f}{row['gap_us_p50']:>8.0f}{row['gap_us_p90']:>8.0f}"
+            f"{row['total_us_p50']:>12.0f}"
+        )
+    if options.json:
+        found = {"schema": "drift.bench.host-step/1", "python": platform.python_version(), "running": rows}
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

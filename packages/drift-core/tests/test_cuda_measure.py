@@ -1,0 +1,126 @@
+"""Profiles and set-up of the CUDA executor, as far as they run without a device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from drift_core.cuda.assembly import CudaOptions, load, plan_memory
+from drift_core.cuda.device import Place, Work
+from drift_core.cuda.measure import plan_grid
+from drift_core.cuda.stub import StubDevice
+from drift_core.engine import engine_config
+from drift_core.model.shapes import shape_config
+from drift_scheduler.cost.fitted import FittedCost
+from drift_scheduler.cost.table import CostTable
+from drift_scheduler.domain import DecodeShape, Device, Partition
+from drift_scheduler.errors import DriftError, UnknownNameError
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cuda_world import LAYERS, UNITS, Load, run, stub_executor
+
+H200 = 141 << 30
+
+
+def cost(work: Work, place: Place) -> float:
+    """Work that halves with twice the units; 20% slower under a split."""
+    units = UNITS if place.partition is None else getattr(place.partition, place.lane.value)
+    solo = {"decode": 1e-4 + 1e-5 * work.tokens, "prefill": 2e-5 * work.layers * work.tokens / LAYERS}
+    return solo.get(work.name, 1e-7 * max(work.tokens, 1)) * UNITS / units
+
+
+def disorder(stub: StubDevice) -> list[str]:
+    """Faults but for pages: those of made-up requests overlap on purpose, and their contents mean nothing."""
+    return [fault for fault in stub.faults if "kv page" not in fault]
+
+
+def table(stub: StubDevice, journal: Path | None = None) -> CostTable:
+    executor = stub_executor(stub)
+    grid = executor.plan_grid(max_running=8, full=False)
+    return executor.profile(grid, "tiny", lambda fraction: None, journal)
+
+
+def test_a_profile_finds_what_the_stub_takes() -> None:
+    stub = StubDevice(UNITS, cost)
+    found = table(stub)
+    assert not disorder(stub)
+    assert {row.units for row in found.decode} == {4, 8, 12, UNITS}
+    by_units = {row.units: row.seconds for row in found.decode if row.batch == 8}
+    assert by_units[4] == pytest.approx(4 * by_units[UNITS], rel=0.05)
+    assert found.prefill
+    assert found.fused
+    assert {(row.prefill_units, row.decode_units) for row in found.slowdown} == {(12, 4), (8, 8), (4, 12)}
+    fit = FittedCost(found)
+    assert fit.decode(DecodeShape(8, 8 * 200), UNITS) == pytest.approx(1e-4 + 8e-5, rel=0.3)
+
+
+def test_a_profile_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
+    journal = tmp_path / "cells.jsonl"
+    first = table(StubDevice(UNITS, cost), journal)
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([*lines[: len(lines) // 2], '{"subject": "stub/ti']))
+    stub = StubDevice(UNITS, cost)
+    again = table(stub, journal)
+    assert [row.seconds for row in again.decode] == pytest.approx([row.seconds for row in first.decode])
+    whole = StubDevice(UNITS, cost)
+    table(whole)
+    assert len(stub.log) < len(whole.log)
+
+
+def test_an_executor_serves_after_its_profile() -> None:
+    stub = StubDevice(UNITS)
+    executor = stub_executor(stub)
+    executor.profile(executor.plan_grid(max_running=8, full=False), "tiny", lambda fraction: None)
+    executor.warm_up()
+    assert run(executor, Load(), "gang") == run(_ready(), Load(), "alternate")
+    assert not disorder(stub)
+
+
+def _ready():  # type: ignore[no-untyped-def]
+    made = stub_executor(StubDevice(UNITS))
+    made.warm_up()
+    return made
+
+
+def test_the_full_grid_takes_every_split() -> None:
+    menu = tuple(Partition(132 - d, d) for d in range(0, 133, 12))
+    device = Device(132, menu, 32)
+    full = plan_grid(device, max_context=32768, max_running=256, full=True)
+    short = plan_grid(device, max_context=32768, max_running=256, full=False)
+    assert len(full.splits) == len(device.splits())
+    assert short.cells < full.cells / 4
+    assert all(new + reused < 32768 for new, reused in full.prefill)
+
+
+def test_memory_goes_to_kv_after_weights_and_passes() -> None:
+    model = shape_config("llama-3.1-8b")
+    weights = model.num_parameters * 2
+    assert weights == pytest.approx(16.06e9, rel=0.001)
+    plan = plan_memory(
+        model, torch.bfloat16, H200 - weights, 10, CudaOptions(max_running=256, max_context=32768)
+    )
+    assert plan.bytes_per_page == 16 * 128 * 1024
+    assert 80e9 < plan.memory_bytes < 125e9
+    with pytest.raises(DriftError, match="too little memory"):
+        plan_memory(model, torch.bfloat16, 1 << 30, 10, CudaOptions(kv_memory_bytes=2 << 30))
+    small = plan_memory(model, torch.bfloat16, 30 << 30, 10, CudaOptions(max_running=1, max_context=131072))
+    assert small.max_context <= 131072
+
+
+def test_a_load_format_that_is_none_is_refused() -> None:
+    model = shape_config("llama-3.1-8b")
+    with pytest.raises(UnknownNameError, match="gguf"):
+        load(Path("."), model, torch.bfloat16, "gguf")
+    assert engine_config(model="demo", load_format="dummy").load_format == "dummy"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_device_the_engine_says_so_in_one_line() -> None:
+    from drift_core.engine import Engine
+
+    with pytest.raises(DriftError, match="no CUDA device"):
+        Engine.start(engine_config(model="random:llama-3.1-8b", device="cuda", profile="none"))
