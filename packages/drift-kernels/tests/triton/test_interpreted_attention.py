@@ -6,6 +6,7 @@ import pytest
 import torch
 from ragged import FLOAT, Batch, close
 
+from drift_kernels.triton_ops.attention import _MERGED_AT_ONCE
 from drift_kernels.triton_ops.lane import AttentionShape
 from drift_kernels.triton_ops.tiles import HEAD_SIZES
 
@@ -50,6 +51,19 @@ def test_page_sizes(page: int) -> None:
 @pytest.mark.parametrize("num_sms", [1, 3, 8])
 def test_any_partition_gives_the_same(num_sms: int) -> None:
     Batch.random(AttentionShape(4, 2, 64, 16), [(1, 700), (1, 3), (40, 300)]).check(num_sms)
+
+
+def test_more_pieces_than_are_merged_at_once() -> None:
+    batch = Batch.random(AttentionShape(2, 1, 64, 16), [(1, 1300), (1, 3)])
+    lane = batch.lane(8)
+    assert int(batch.plan(lane, 8).narrow.merges[0, 4]) > _MERGED_AT_ONCE
+    batch.check(8)
+
+
+def test_a_piece_that_a_row_sees_nothing_of() -> None:
+    """Rows of one tile see different keys of a window; cut small, some pieces are hidden from some rows."""
+    Batch.random(AttentionShape(1, 1, 64, 16), [(128, 900)], window=700).check(8)
+    Batch.random(AttentionShape(1, 1, 64, 16), [(100, 900)], window=3).check(8)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 120])
