@@ -60,25 +60,24 @@ def test_every_policy_it_compares_is_installed_and_every_workload_has_a_bound(va
             assert parse_choice(policy)[0] in registry.dispatch_policies
 
 
-def test_nanoflow_runs_the_budget_that_was_best_for_chunked_prefill(validate: Any) -> None:
-    from drift_scheduler.goodput import PolicyGoodput, SearchPlan
+def test_the_what_if_table_charges_a_fixed_time_per_mixed_pass(validate: Any, tmp_path: Path) -> None:
+    from drift_scheduler.cost.fitted import fitted
+    from drift_scheduler.domain import DecodeShape, PrefillShape
 
-    cell = validate.RATIOS[0]
-    found = {
-        f"{cell.label}|chunked-prefill": PolicyGoodput(
-            "chunked-prefill", "chunked-prefill:token_budget=256", ()
+    dear = fitted(str(validate.mixed_8b(tmp_path)))
+    plain = fitted("", validate.CLUSTER, validate.SMALL)
+    decode = DecodeShape(32, 32_768)
+    for tokens in (224, 4064):
+        chunk = PrefillShape.of([(tokens, 0)])
+        assert dear.fused(chunk, decode, 108) - plain.fused(chunk, decode, 108) == pytest.approx(
+            0.021, abs=0.002
         )
-    }
-    effort = validate.Effort(SearchPlan(seeds=(0,), requests=5, lifetimes=0.5), 0.01)
-    ((name, search),) = validate.nanoflow_searches([cell], found, effort, load(installed=False)).items()
-    assert name == f"{cell.label}|nanoflow"
-    (trial,) = next(search)
-    assert trial.scenario.dispatch == "nanoflow:token_budget=256"
+        assert dear.prefill(chunk, 108) == plain.prefill(chunk, 108)
 
 
 def test_the_document_holds_every_cell_that_was_run(validate: Any) -> None:
     cell = validate.RATIOS[0]
-    row = {"dispatch": "gang", "limited_by": "TTFT", "tbt_p99_s": 0.09, "bubble_ratio": 0.05}
+    row = {"dispatch": "gang", "limited_by": "TTFT", "tbt_p99_s": 0.09, "bubble_ratio": 0.05, "hits": 0.5}
     result = {
         "settings": {"quick": True, "seeds": [0], "tolerance": 0.05, "requests": 60, "span": 2},
         "latencies": validate.latencies(),
