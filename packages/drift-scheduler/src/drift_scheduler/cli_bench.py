@@ -224,7 +224,7 @@ def run_grid(grid: Grid, jobs: int, registry: Registry) -> Result:
     from drift_scheduler.workers import run_searches
 
     searches = cell_searches(grid, registry)
-    with _Bars(len(searches)) as bars:
+    with _Bars(len(searches), lines=True) as bars:
         goodput = collect(grid, run_searches(searches, jobs, registry, bars.trial, bars.done))
     details = {cell.key: detail_search(grid, cell, goodput[cell.key]) for cell in detailed(grid)}
     with _Bars(len(details), "details") as bars:
@@ -318,9 +318,10 @@ def _notes(result: Result) -> list[str]:
 
 
 class _Bars:
-    """Searches done of all, trials so far and the last outcome, on a terminal's stderr; silent elsewhere."""
+    """Searches done of all, trials so far and the last outcome, on a terminal's stderr; elsewhere silent, or lines."""
 
-    def __init__(self, total: int, what: str = "searches") -> None:
+    def __init__(self, total: int, what: str = "searches", lines: bool = False) -> None:
+        self._total, self._lines, self._done = total, lines, 0
         self._stack = ExitStack()
         self._trials = 0
         self._progress: Any = None
@@ -348,10 +349,14 @@ class _Bars:
                 self._task, description=f"{self._trials} runs; {name} at {outcome.rate:.4g}/s {verdict}"
             )
 
-    def done(self, name: str) -> None:
-        """One search ended."""
+    def done(self, name: str, result: Any) -> None:
+        """One search ended; where there is no bar and many of them, a line says so."""
+        self._done += 1
         if self._progress is not None:
             self._progress.advance(self._task)
+        elif self._lines:
+            rate = getattr(result, "rate", 0.0)
+            click.echo(f"{self._done}/{self._total} {name}: {rate:.4g} requests/s", err=True)
 
     def __enter__(self) -> _Bars:
         if self._progress is not None:

@@ -30,7 +30,7 @@ def run_searches(
     jobs: int = 1,
     registry: Registry | None = None,
     on_trial: OnTrial | None = None,
-    on_done: Callable[[str], None] | None = None,
+    on_done: Callable[[str, Any], None] | None = None,
 ) -> dict[str, T]:
     """Run every search to its end; their results by name. `jobs`: processes. Raises DriftError.
 
@@ -39,18 +39,18 @@ def run_searches(
     if jobs < 1:
         raise DriftError(f"jobs is {jobs}, need at least 1")
     tell = on_trial or (lambda name, outcome: None)
-    done = on_done or (lambda name: None)
+    done = on_done or (lambda name, result: None)
     if jobs == 1:
         found = registry if registry is not None else load(strict=False)
         results = {}
         for name, search in searches.items():
             results[name] = _run_here(name, search, found, tell)
-            done(name)
+            done(name, results[name])
         return results
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_prepare) as pool:
         try:
-            return _Spread(pool, searches, tell, done).run()
+            return _Spread(pool, searches, tell, done).run(at_once=2 * jobs)
         except BrokenProcessPool as error:
             raise DriftError(f"a worker process ended unexpectedly: {error}") from error
         finally:
@@ -85,25 +85,28 @@ class _Round:
 
 
 class _Spread(Generic[T]):
-    """Keeps every search's current trials in a pool, searches named first being served first."""
+    """Keeps the current trials of a few searches in a pool, so that those named first end first."""
 
     def __init__(
         self,
         pool: ProcessPoolExecutor,
         searches: Mapping[str, Generator[Sequence[Trial], Sequence[Outcome], T]],
         tell: OnTrial,
-        done: Callable[[str], None],
+        done: Callable[[str, Any], None],
     ) -> None:
         self._pool, self._searches, self._tell, self._done = pool, searches, tell, done
         self._rounds: dict[str, _Round] = {}
         self._places: dict[Future[Outcome], tuple[str, int]] = {}
         self._results: dict[str, T] = {}
 
-    def run(self) -> dict[str, T]:
-        """Results by name, in the searches' order."""
-        for name in self._searches:
-            self._go_on(name, None)
-        while self._places:
+    def run(self, at_once: int) -> dict[str, T]:
+        """Results by name, in the searches' order; `at_once` searches are under way at any time."""
+        names = iter(self._searches)
+        while True:
+            while len(self._rounds) < at_once and (name := next(names, None)) is not None:
+                self._go_on(name, None)
+            if not self._places:
+                break
             done, _ = wait(self._places, return_when=FIRST_COMPLETED)
             for future in done:
                 self._take(future)
@@ -117,7 +120,7 @@ class _Spread(Generic[T]):
                 trials = search.send([])
         except StopIteration as stop:
             self._results[name] = stop.value
-            self._done(name)
+            self._done(name, stop.value)
             return
         self._rounds[name] = _Round(len(trials), [None] * len(trials))
         for i, trial in enumerate(trials):
@@ -131,6 +134,7 @@ class _Spread(Generic[T]):
         waiting.outcomes[place] = outcome
         waiting.missing -= 1
         if not waiting.missing:
+            del self._rounds[name]
             self._go_on(name, [o for o in waiting.outcomes if o is not None])
 
 
