@@ -1,12 +1,13 @@
 """What a step costs the host on the CUDA path: `python bench/host_step.py [--running N ...] [--json PATH]`.
 
-The real scheduler and the real CUDA executor, KV pool and lists of attention work for Llama-3.1-8B's shape, over a stub
-device whose work takes virtual time and computes nothing. So this is what Drift's own Python costs; the driver's calls of
-a step (one copy, one graph launch, two or three events) come on top and are measured by `bench/gpu.py`.
+The real scheduler and the real CUDA executor, KV pool and lists of attention work for Llama-3.1-8B's shape,
+over a stub device whose work takes virtual time and computes nothing. So this is what Drift's own Python
+costs; the driver's calls of a step (one copy, one graph launch, two or three events) come on top and are
+measured by `bench/gpu.py`.
 
-Two numbers per count of running requests. *Gap*: from the moment a finished step is seen to the moment the next one is
-launched, when the device has nothing to decode; the bound is 300 us at 128. *Total*: all the host does per step, what it
-prepares while the device runs included.
+Two numbers per count of running requests. *Gap*: from the moment a finished step is seen to the moment the
+next one is launched, when the device has nothing to decode; the bound is 300 us at 128. *Total*: all the host
+does per step, what it prepares while the device runs included.
 """
 
 from __future__ import annotations
@@ -166,7 +167,12 @@ def measure(running: int, steps: int, policy: str) -> dict[str, float]:
     executor = build(running)
     executor.times.clock = CLOCK
     scheduler = Scheduler(
-        executor.device, executor.kv, FACTORIES[policy](), TightestDecode(), FlatCosts(), Limits(max_running=running)
+        executor.device,
+        executor.kv,
+        FACTORIES[policy](),
+        TightestDecode(),
+        FlatCosts(),
+        Limits(max_running=running),
     )
     watch = Watch(executor, running, steps)
     made = 0
@@ -203,7 +209,9 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--running", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--dispatch", default="gang", choices=sorted(FACTORIES))

@@ -27,7 +27,7 @@ from drift_core.batches import PageTables as LanePages
 from drift_core.cuda import measure
 from drift_core.cuda.device import Accelerator, Partitions, Place, Stream
 from drift_core.cuda.kernels import Kernels
-from drift_core.cuda.lanes import DecodeLane, PrefillLane, Sampled
+from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane, Sampled
 from drift_core.cuda.order import Mark, Order
 from drift_core.cuda.passes import Model
 from drift_core.executor import IDLE, LanesNow
@@ -244,6 +244,7 @@ class CudaExecutor:
         while True:
             events = self._news()
             if self._over:
+                self._over = False
                 return None
             if events:
                 return events
@@ -506,8 +507,9 @@ class CudaExecutor:
             progress((index + 1) / (len(places) * len(extents) + 1))
         for place in [place for place in self._streams if place.lane is Lane.PREFILL]:
             stream, units = self.stream(place)
-            self.prefill.rehearse(stream, units)
-            self.accelerator.synchronize()
+            for tokens in REHEARSED_TOKENS:
+                self.prefill.rehearse(stream, units, min(tokens, self._prefill_tokens))
+                self.accelerator.synchronize()
         log.info("%d graphs captured in %.1f s", len(self.decode.graphs), self.decode.graphs.capture_seconds)
         self.accelerator.begin_service()
         progress(1.0)

@@ -36,6 +36,9 @@ MIXED_GRAPH_TOKENS = 2048
 
 MOST_PREFILLS = 2
 
+REHEARSED_TOKENS = (64, 63, 1)
+"""Kernels are compiled apart for sizes that are multiples of 16, for others and for 1."""
+
 Launch = Callable[[], None]
 
 
@@ -414,10 +417,9 @@ class PrefillLane:
             if not any(chunk.request_id in sequences for chunk in batch.chunks):
                 del self._batches[batch_id]
 
-    def rehearse(self, stream: Stream, units: int) -> None:
+    def rehearse(self, stream: Stream, units: int, tokens: int) -> None:
         """Run a made-up prompt over no pages: compiles kernels, makes library handles, fills the allocator."""
         each = self._passes[0]
-        tokens = min(64, each.room.tokens)
         extent = Extent(tokens, 1, 1, WIDE)
         host = each.buffers.open()
         table = each.buffers.table(host)
