@@ -317,6 +317,7 @@ def test_shapes_have_the_published_numbers_of_parameters() -> None:
     assert {name: shape_config(name).num_parameters for name in shape_names()} == {
         "qwen2.5-0.5b": 494_032_768,
         "llama-3.2-1b": 1_235_814_400,
+        "llama-3.1-8b": 8_030_261_248,
     }
     with pytest.raises(UnknownNameError, match=r"no model shape '0\.5b'; installed: llama-3"):
         load_config("random:0.5b")

@@ -431,6 +431,6 @@ def test_a_cache_that_cannot_be_private_is_not_used(best: CpuOps, tmp_path: Path
 def test_select_ops_says_what_it_chose() -> None:
     assert select_ops("cpu", torch.bfloat16, native=False).description == "torch reference, as asked"
     assert "float16" in select_ops("cpu", torch.float16).description
-    assert "cuda" in select_ops("cuda", torch.bfloat16).description
+    assert "CUDA" in select_ops("cuda", torch.float32).description
     with pytest.raises(NativeUnavailable, match="float16"):
         select_ops("cpu", torch.float16, native=True)
