@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from drift_core.cuda.decode_work import DecodeWork, cut_decode
+from drift_core.cuda.decode_work import Cut, DecodeWork, NativeCut, cut_decode, fastest_cut
 from drift_core.cuda.kernels import ReferenceKernels, Shape
+from drift_kernels.native_library import NativeUnavailable
 from drift_kernels.triton_ops import plan
 from drift_kernels.triton_ops.tiles import Tile
 
@@ -22,6 +23,14 @@ def covered(items: np.ndarray, rows: int, heads: int, context: np.ndarray) -> li
         assert stop <= context[row]
         counts[row * heads + head][start:stop] += 1
     return counts
+
+
+def cuts() -> list[Cut]:
+    """In numpy, and in C where that can be compiled."""
+    try:
+        return [cut_decode, NativeCut()]
+    except NativeUnavailable:
+        return [cut_decode]
 
 
 def check(
@@ -60,8 +69,11 @@ def test_every_key_is_seen_once(seed: int, window: int | None) -> None:
     rows, heads = int(draw.integers(1, 40)), int(draw.choice([1, 2, 4, 8]))
     programs = heads * int(draw.integers(1, 50)) + int(draw.integers(heads))
     context = draw.integers(1, int(draw.choice([2, 70, 3000])), rows)
-    work = cut_decode(context, heads, KEYS, LEAST, programs, window)
-    check(work, context, heads, programs, window)
+    found = [cut(context, heads, KEYS, LEAST, programs, window) for cut in cuts()]
+    for work in found:
+        check(work, context, heads, programs, window)
+        for name in ("bounds", "items", "merges", "last"):
+            assert (getattr(work, name) == getattr(found[0], name)).all(), name
 
 
 def test_shares_differ_by_at_most_one_tile() -> None:
@@ -104,3 +116,11 @@ def test_programs_that_heads_cannot_share_are_not_left_idle(heads: int, units: i
     size = kernels.narrow_size(20, units)
     assert len(work.items) <= size.items
     assert len(work.merges) <= size.merges
+
+
+def test_without_a_compiler_lists_are_cut_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise NativeUnavailable("no C compiler 'cc' on the path")
+
+    monkeypatch.setattr("drift_core.cuda.decode_work.load_native", none)
+    assert fastest_cut() is cut_decode

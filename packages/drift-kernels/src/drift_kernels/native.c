@@ -742,3 +742,61 @@ long drift_write_kv(const char *k, const char *v, char *k_pages, char *v_pages, 
     }
     return -1;
 }
+
+// ------------------------------------------------------------------------------------------------- lists of decode work
+// What drift_core.cuda.decode_work.cut_decode computes, for a host that has microseconds between two steps of a GPU.
+// bounds[programs + 1]; items and merges of 8 words each, last[heads * rows]. Returns the items; *merged: the merges.
+
+long drift_cut_decode(const int64_t *context, long rows, long heads, long keys, long least, long programs, long window,
+                      int32_t *bounds, int32_t *items, int32_t *merges, int64_t *last, int64_t *merged) {
+    long parts = programs / heads, total = 0;
+    for (long b = 0; b < rows; b++) {
+        long first = window > 0 && context[b] > window ? (context[b] - window) / keys * keys : 0;
+        total += (context[b] - first + keys - 1) / keys;
+    }
+    long busy = MIN(parts, (total * keys + least - 1) / least), part = 0, done = 0, n = 0, slots = 0, pieces_of = 0;
+    for (long b = 0; b < rows; b++) {
+        long first = window > 0 && context[b] > window ? (context[b] - window) / keys * keys : 0;
+        long length = (context[b] - first + keys - 1) / keys, tile = 0, begun = n;
+        while (tile < length) {
+            while (part < busy && part * total / busy <= done) bounds[part++] = (int32_t)n;
+            long mark = part < busy ? part * total / busy : total;
+            long stop = MIN(length, tile + mark - done);
+            int32_t *item = items + 8 * n++;
+            memset(item, 0, 8 * sizeof *item);
+            item[0] = (int32_t)b;
+            item[3] = (int32_t)(first + tile * keys);
+            item[4] = (int32_t)MIN(context[b], first + stop * keys);
+            item[5] = -1;
+            done += stop - tile;
+            tile = stop;
+        }
+        last[b] = n - 1;
+        if (n - begun > 1) {
+            int32_t *merge = merges + 8 * pieces_of++;
+            memset(merge, 0, 8 * sizeof *merge);
+            merge[0] = (int32_t)b;
+            merge[3] = (int32_t)slots;
+            merge[4] = (int32_t)(n - begun);
+            for (long i = begun; i < n; i++) items[8 * i + 5] = (int32_t)slots++;
+        }
+    }
+    while (part < parts) bounds[part++] = (int32_t)n;
+    for (long h = 1; h < heads; h++) {
+        for (long p = 0; p < parts; p++) bounds[h * parts + p] = bounds[p] + (int32_t)(h * n);
+        for (long b = 0; b < rows; b++) last[h * rows + b] = last[b] + h * n;
+        memcpy(items + 8 * h * n, items, (size_t)(8 * n) * sizeof *items);
+        memcpy(merges + 8 * h * pieces_of, merges, (size_t)(8 * pieces_of) * sizeof *merges);
+        for (long i = h * n; i < (h + 1) * n; i++) {
+            items[8 * i + 1] = (int32_t)h;
+            if (items[8 * i + 5] >= 0) items[8 * i + 5] += (int32_t)(h * slots);
+        }
+        for (long i = h * pieces_of; i < (h + 1) * pieces_of; i++) {
+            merges[8 * i + 1] = (int32_t)h;
+            merges[8 * i + 3] += (int32_t)(h * slots);
+        }
+    }
+    for (long p = heads * parts; p <= programs; p++) bounds[p] = (int32_t)(heads * n);
+    *merged = heads * pieces_of;
+    return heads * n;
+}

@@ -184,6 +184,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "drift_silu_and_mul": (None, [pointer] * 2 + [long] * 3 + [int_] * 2),
         "drift_rotary": (None, [pointer] * 6 + [long] * 8 + [int_] * 3),
         "drift_write_kv": (long, [pointer] * 5 + [long] * 5),
+        "drift_cut_decode": (long, [pointer] + [long] * 6 + [pointer] * 5),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -20,6 +20,8 @@ class TokenCells:
         self._free = list(range(count - 1, -1, -1))
         self._cells: dict[str, int] = {}
         self._seeds: dict[str, int] = {}
+        self.choosy: set[str] = set()
+        """Requests that want another token than the likeliest one; a step without any asks no further."""
 
     @property
     def free(self) -> int:
@@ -31,11 +33,13 @@ class TokenCells:
         """The cell that nobody reads."""
         return self.count
 
-    def admit(self, request_id: str, seed: int, *, chosen_before: bool = False) -> None:
+    def admit(self, request_id: str, state: SamplerState, seed: int, *, chosen_before: bool = False) -> None:
         """Note a new request; its cell is taken when it first needs one.
 
         `chosen_before`: its latest token was not chosen on this device, so that no cell can hold it.
         """
+        if chosen_on_host(state) or draws(state):
+            self.choosy.add(request_id)
         if chosen_before:
             self._cells[request_id] = HOST_TOKEN
         self._seeds[request_id] = seed if seed < 1 << 63 else seed - (1 << 64)
@@ -57,6 +61,7 @@ class TokenCells:
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Ended requests give their cells back."""
+        self.choosy.difference_update(request_ids)
         for request_id in request_ids:
             self._seeds.pop(request_id, None)
             cell = self._cells.pop(request_id, HOST_TOKEN)

@@ -9,10 +9,18 @@ devices.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from drift_kernels.native_library import NativeUnavailable, load_native
+
+log = logging.getLogger("drift.executor")
+
+Cut = Callable[..., "DecodeWork"]
 
 ITEM_WORDS = 8
 MERGE_WORDS = 8
@@ -78,6 +86,47 @@ def cut_decode(
     bounds[: parts * kv_heads] = (shares + (heads * count)[:, None]).ravel()
     last = cuts.searchsorted(ends) - 1
     return DecodeWork(bounds, items, merges, (last + (heads * count)[:, None]).ravel())
+
+
+class NativeCut:
+    """`cut_decode` in C: a tenth of the time. Raises NativeUnavailable where there is no compiler."""
+
+    def __init__(self) -> None:
+        self._cut = load_native().held.drift_cut_decode
+        self._merged = np.zeros(1, np.int64)
+
+    def __call__(
+        self,
+        context: Ints,
+        kv_heads: int,
+        keys: int,
+        least_keys: int,
+        programs: int,
+        window: int | None = None,
+    ) -> DecodeWork:
+        """As `cut_decode`."""
+        rows = len(context)
+        assert programs >= kv_heads, f"{programs} programs for {kv_heads} kv heads"
+        context = np.ascontiguousarray(context, np.int64)
+        bounds = np.empty(programs + 1, np.int32)
+        items = np.empty((rows * kv_heads + programs, ITEM_WORDS), np.int32)
+        merges = np.empty((programs, MERGE_WORDS), np.int32)
+        last = np.empty(kv_heads * rows, np.int64)
+        given = (context, bounds, items, merges, last, self._merged)
+        at = [array.ctypes.data for array in given]
+        count = self._cut(
+            at[0], rows, kv_heads, keys, least_keys, programs, 0 if window is None else window, *at[1:]
+        )
+        return DecodeWork(bounds, items[:count], merges[: int(self._merged[0])], last)
+
+
+def fastest_cut() -> Cut:
+    """C where it can be compiled, numpy elsewhere; both cut alike."""
+    try:
+        return NativeCut()
+    except NativeUnavailable as why:
+        log.info("lists of decode work are cut in Python: %s", why)
+        return cut_decode
 
 
 def _merges(rows: Ints) -> Words:

@@ -208,7 +208,7 @@ class CudaExecutor:
         seed = sampling.seed if sampling.seed is not None else self._seed * _SEED_STRIDE + self._arrivals
         state = SamplerState(sampling, request.prompt, model.eos_token_ids, model.vocab_size, seed)
         self._sequences.add(request.id, request.prompt, state)
-        self.decode.cells.admit(request.id, seed)
+        self.decode.cells.admit(request.id, state, seed)
         self.post(RequestArrived(request))
 
     def post(self, event: Event) -> None:

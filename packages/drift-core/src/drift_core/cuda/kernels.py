@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from drift_core.cuda.buffers import ListSize, PassBuffers
-from drift_core.cuda.decode_work import DecodeWork, Ints, cut_decode
+from drift_core.cuda.decode_work import DecodeWork, Ints, fastest_cut
 from drift_core.cuda.device import Accelerator
 from drift_core.model.config import ModelConfig
 from drift_kernels import reference
@@ -138,6 +138,7 @@ class _Lists:
 
     def __init__(self, shape: Shape, architecture: int) -> None:
         self.shape = shape
+        self._cut = fastest_cut()
         head = max(shape.head, tiles.HEAD_SIZES[0])  # the reference takes smaller ones too
         self.narrow = tiles.narrow_tile(architecture, head)
         self.wide = tiles.wide_tile(architecture, head)
@@ -159,7 +160,7 @@ class _Lists:
         programs = num_sms * tile.programs_per_sm
         if programs < shape.kv_heads or programs % shape.kv_heads > programs * MOST_IDLE:
             return self._cut_together(context, programs)
-        return cut_decode(context, shape.kv_heads, tile.keys, tile.least_keys, programs, shape.window)
+        return self._cut(context, shape.kv_heads, tile.keys, tile.least_keys, programs, shape.window)
 
     def _cut_together(self, context: Ints, programs: int) -> DecodeWork:
         """All heads in one line: slower, for programs that the heads cannot share out evenly."""

@@ -73,9 +73,12 @@ class _Chooser:
         self, ids: tuple[str, ...], states: list[SequenceState], host: dict[str, Array], each: Pass
     ) -> Callable[[Stream, int], None]:
         """How the next tokens of `ids` are chosen; returns what to launch once their logits are there."""
-        host_rows = [row for row, state in enumerate(states) if chosen_on_host(state.sampler)]
-        by_device = [state for state in states if not chosen_on_host(state.sampler)] if host_rows else states
-        drawn = any(draws(state.sampler) for state in by_device)
+        host_rows: list[int] = []
+        drawn = False
+        if self._cells.choosy:
+            host_rows = [row for row, state in enumerate(states) if chosen_on_host(state.sampler)]
+            left = set(host_rows)
+            drawn = any(draws(state.sampler) for row, state in enumerate(states) if row not in left)
         asked, count = _Asked(ids, states, host_rows), len(ids)
         if drawn:
             self._fill(ids, states, host)
@@ -146,12 +149,14 @@ class DecodeLane:
         self.outputs = Outputs(accelerator, Lane.DECODE, model, self._samples, units)
         rows = bucket_of(max_running)
         self._steps = self._pass(Room(rows, rows, rows, self._pages, narrow=kernels.narrow_size(rows, units)))
+        for _ in range(2):  # every step has one row a sequence
+            self._steps.buffers.open()["query_starts"][:] = np.arange(rows + 1)
         self._mixes = self._pass(self._mixed_room(prefill_tokens))
         self._chooser = _Chooser(accelerator, self.outputs, self.cells)
         self.graphs = Graphs(accelerator)
         self.rows = DecodeRows(
             sequences, kv, kernels.cut_narrow,
-            lambda request_id: self.cells.cell(request_id, sequences[request_id].sampler), self._pages,
+            lambda request_id: self.cells.cell(request_id, sequences[request_id].sampler), rows, self._pages,
         )  # fmt: skip
 
     def _pass(self, room: Room) -> Pass:
@@ -190,8 +195,8 @@ class DecodeLane:
         table = each.buffers.table(host)
         count = len(ids)
         rows.fill(host, table, self.cells.spare)
-        pad(host, table, count, extent.tokens, (self._spare_page, self.cells.spare))
-        host["query_starts"][: extent.sequences + 1] = np.arange(extent.sequences + 1)
+        if count < extent.tokens:
+            pad(host, table, count, extent.tokens, (self._spare_page, self.cells.spare))
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         choose = self._chooser.ask(ids, rows.states, host, each)
         run = Work(

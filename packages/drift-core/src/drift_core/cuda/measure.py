@@ -143,7 +143,7 @@ class Rig:
         prompt = (np.arange(tokens) * 7919 % self._vocab).tolist()
         state = SamplerState(_GREEDY, prompt, (), self._vocab, self._made)
         self.sequences.add(name, prompt, state)
-        self.executor.decode.cells.admit(name, self._made, chosen_before=True)
+        self.executor.decode.cells.admit(name, state, self._made, chosen_before=True)
         return name
 
     def prefill_block(self, new: int, reused: int) -> PrefillBlock:

@@ -35,16 +35,16 @@ class DecodeRows:
         kv: PageTables,
         cut: Cut,
         cell_of: Callable[[str], int],
+        capacity: int,
         pages: int,
     ) -> None:
         self._sequences, self._kv, self._cut, self._cell_of = sequences, kv, cut, cell_of
-        self._pages = pages
         self.ids: tuple[str, ...] = ()
         self.states: list[SequenceState] = []
         self._row_of: dict[str, int] = {}
         self._context: Ints = np.zeros(0, np.int64)  # positions in KV before the next step
         self._cells: Ints = np.zeros(0, np.int64)
-        self._table: npt.NDArray[np.int32] = np.zeros((0, pages), np.int32)
+        self._table, self._other_table = (np.zeros((capacity, pages), np.int32) for _ in range(2))
         self._width = 1
         self._work: DecodeWork | None = None
         self._work_sms = 0
@@ -68,7 +68,7 @@ class DecodeRows:
     def pages_used(self) -> npt.NDArray[np.int32]:
         """Pages that the step reads, of all rows one after another."""
         there = np.arange(self._width) < -(-self._context // self._kv.page_tokens)[:, None]
-        pages: npt.NDArray[np.int32] = self._table[:, : self._width][there]
+        pages: npt.NDArray[np.int32] = self._table[: len(self.ids), : self._width][there]
         return pages
 
     def move_on(self, num_sms: int) -> None:
@@ -126,7 +126,7 @@ class DecodeRows:
         slots += position - page * self._kv.page_tokens
         host["slots"][:count] = slots
         host["sample_cells"][:count] = np.where(self._cells == HOST_TOKEN, spare_cell, self._cells)
-        table[:count, : self._width] = self._table[:, : self._width]
+        table[:count, : self._width] = self._table[:count, : self._width]
 
     # ------------------------------------------------------------------------------------------
 
@@ -135,20 +135,26 @@ class DecodeRows:
 
     def _regroup(self, request_ids: tuple[str, ...]) -> None:
         """Keep the rows of requests that stay, read those of requests that join."""
-        source = np.array([self._row_of.get(request_id, -1) for request_id in request_ids], np.int64)
-        kept = source >= 0
-        context = np.zeros(len(source), np.int64)
-        context[kept] = self._context[source[kept]] - self._moved
-        cells = np.full(len(source), HOST_TOKEN, np.int64)
-        cells[kept] = self._cells[source[kept]]
-        self._width = int(context.max(initial=0)) // self._kv.page_tokens + 1
-        table = np.empty((len(source), self._pages), np.int32)
-        table[kept, : self._width] = self._table[source[kept], : self._width]
-        self._context, self._cells, self._table = context, cells, table
+        before = list(map(self._row_of.get, request_ids))
+        joined = [row for row, old in enumerate(before) if old is None]
+        states = self.states
+        self.states = [
+            states[old] if old is not None else self._sequences[request_id]
+            for old, request_id in zip(before, request_ids, strict=True)
+        ]
         self.ids = request_ids
-        self._row_of = {request_id: row for row, request_id in enumerate(request_ids)}
-        self.states = [self._sequences[request_id] for request_id in request_ids]
-        for row in np.flatnonzero(~kept).tolist():
+        self._row_of = dict(zip(request_ids, range(len(request_ids)), strict=True))
+        source = np.array([0 if old is None else old for old in before], np.int64)
+        if len(joined) == len(source):
+            context, cells = np.zeros((2, len(source)), np.int64)
+        else:
+            context, cells = self._context[source] - self._moved, self._cells[source]
+            context[joined] = 0
+        self._width = width = int(context.max(initial=0)) // self._kv.page_tokens + 1
+        self._other_table[: len(source), :width] = self._table[source, :width]
+        self._table, self._other_table = self._other_table, self._table
+        self._context, self._cells = context, cells
+        for row in joined:
             context[row] = len(self.states[row].tokens) - 1
             cells[row] = self._cell_of(request_ids[row])
             self._read_pages(row)
@@ -157,7 +163,7 @@ class DecodeRows:
     def _read_pages(self, row: int) -> None:
         pages = self._kv.page_table(self.ids[row])
         if len(pages) > self._width:
-            self._table[:, self._width : len(pages)] = 0
+            self._table[: len(self.ids), self._width : len(pages)] = 0
             self._width = len(pages)
         self._table[row, : len(pages)] = pages
         self._table[row, len(pages) : self._width] = 0
