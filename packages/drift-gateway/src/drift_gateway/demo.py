@@ -61,13 +61,13 @@ class Ask:
 
 
 ASKS: Final = (
-    Ask("for loops", "The for statement is used to iterate over the elements of a sequence", 0.0, 256, SHORT),
-    Ask("a chapter", "class", 0.4, 128, LONG, prompt_tokens=1400),
-    Ask("lists", "A list object is mutable, which means that", 0.8, 256, SHORT),
-    Ask("a section", "strings", 1.2, 128, LONG, prompt_tokens=1000),
-    Ask("with", "The with statement is used to wrap the execution of a block", 1.6, 192, SHORT),
-    Ask("two chapters", "function", 2.0, 96, LONG, prompt_tokens=1600),
-    Ask("exceptions", "When an exception is raised, the interpreter", 2.6, 192, SHORT),
+    Ask("for loops", "The for statement is used to iterate over the elements of a sequence", 0.0, 400, SHORT),
+    Ask("a chapter", "class", 0.25, 128, LONG, prompt_tokens=1400),
+    Ask("lists", "A list object is mutable, which means that", 0.35, 400, SHORT),
+    Ask("a section", "strings", 0.55, 128, LONG, prompt_tokens=1000),
+    Ask("with", "The with statement is used to wrap the execution of a block", 0.7, 320, SHORT),
+    Ask("two chapters", "function", 0.9, 96, LONG, prompt_tokens=1600),
+    Ask("exceptions", "When an exception is raised, the interpreter", 1.1, 320, SHORT),
 )
 
 
@@ -188,7 +188,14 @@ async def _tell(client: AsyncDriftClient, story: Story, context: int, lines: _Li
     await asyncio.sleep(ask.delay)
     prompt = prompt_of(ask, context)
     generation = client.generate(
-        prompt, temperature=0.0, max_tokens=ask.max_tokens, slo=ask.slo, ignore_eos=True, timeout=CALL_S
+        prompt,
+        temperature=0.7,  # greedy, so small a model repeats itself
+        top_p=0.9,
+        seed=len(ask.opening),
+        max_tokens=ask.max_tokens,
+        slo=ask.slo,
+        ignore_eos=True,
+        timeout=CALL_S,
     )
     try:
         async for event in generation:
