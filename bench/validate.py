@@ -1,6 +1,6 @@
 """Hold the simulator against the published numbers and write docs/validation.md.
 
-    python bench/validate.py [--quick] [--jobs N] [--write PATH] [--json PATH]
+    python bench/validate.py [--quick] [--jobs N] [--write PATH] [--json PATH] [--resume PATH]
 
 Published: arXiv 2504.14489, eight A100 80 GB, tensor parallel. Three questions: do the cost models reproduce the
 published latencies; do goodput ratios between systems come out as published; do the ablations move what they moved
@@ -17,9 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -454,17 +454,60 @@ def main() -> None:
         "--write", default=str(ROOT / "docs" / "validation.md"), help="where the document goes"
     )
     parser.add_argument("--json", default="", help="also write the numbers there")
+    parser.add_argument(
+        "--resume", default="", help="keep outcomes there, and go on from those of a broken run"
+    )
     options = parser.parse_args()
     began = time.monotonic()
-    result = validate(options.quick, options.jobs)
+    result = validate(options.quick, options.jobs, options.resume)
     Path(options.write).write_text(document(result), encoding="utf-8")
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {options.write} after {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
-def validate(quick: bool, jobs: int) -> dict[str, Any]:
+class Memory:
+    """Outcomes of earlier, interrupted runs by search, in order; kept as JSON Lines where a path is given."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path) if path else None
+        self._known: dict[str, list[Outcome]] = {}
+        lines = (
+            self._path.read_text(encoding="utf-8").splitlines() if self._path and self._path.exists() else []
+        )
+        for name, outcome in (json.loads(line) for line in lines):
+            self._known.setdefault(name, []).append(Outcome(**outcome))
+
+    def skip_known(self, name: str, search: Search) -> Search:
+        """The search, taken past what is known of it: trials are deterministic, so it would find the same again."""
+        trials = next(search)
+        for outcome in self._known.get(name, []):
+            (trial,) = trials
+            whole = trial.criterion is None
+            if trial.scenario.rate != outcome.rate or whole != (outcome.report is not None):
+                break
+            try:
+                trials = search.send([outcome])
+            except StopIteration as stop:
+                return cast(PolicyGoodput, stop.value)
+        while True:
+            outcomes = yield trials
+            for outcome in outcomes:
+                self._keep(name, outcome)
+            try:
+                trials = search.send(outcomes)
+            except StopIteration as stop:
+                return cast(PolicyGoodput, stop.value)
+
+    def _keep(self, name: str, outcome: Outcome) -> None:
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, asdict(outcome)]) + "\n")
+
+
+def validate(quick: bool, jobs: int, resume: str = "") -> dict[str, Any]:
     """Every number of the document."""
+    memory = Memory(resume)
     registry = load(installed=False)
     requests, span, lifetimes = (60, 2, 0.5) if quick else (200, SPAN, 1.0)
     plan = SearchPlan(seeds=(0,), requests=requests, lifetimes=lifetimes, tolerance=0.2 if quick else 0.05)
@@ -477,6 +520,7 @@ def validate(quick: bool, jobs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         wanted = searches(cells, effort, registry)
         wanted |= what_if(cells, effort, registry, mixed_8b(Path(folder)))
+        wanted = {name: memory.skip_known(name, search) for name, search in wanted.items()}
         found = run_searches(wanted, jobs, registry, tell)
     rates = goodputs(found)
     at = {c.model: rates[f"{c.label}|gang"]["rate"] for c in RATIOS if c.workload == "tool-agent"}
