@@ -85,10 +85,9 @@ def serve_with(torch: Any, folder: Path, policy: str) -> dict[str, Any]:
     executor = executor_of(
         config, weights, max_running=16, max_context=1024, prefill_tokens=2048, kv_bytes=1 << 28
     )
-    executor.warm_up()
-    outputs(
-        executor, policy
-    )  # graphs of mixed passes, sizes of prefills: captured and allocated on first use
+    executor.warm_up(mixed_tokens=2048)
+    for _ in range(2):  # sizes of prefills and mixed passes: captured and allocated on first use
+        outputs(executor, policy)
     before = executor.accelerator.allocations()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -33,11 +33,11 @@ def run(options: Options) -> Findings:
     executor = executor_of(
         config, weights_of(config), max_running=max(MAX_RUNNING.values()), max_context=32768
     )
-    executor.warm_up()
+    executor.warm_up(mixed_tokens=2048)
     table = cost_table(executor, options)
     executor.times.clock = time.perf_counter
     for cell in options.cells or CELLS:
-        longest = TRIALS[not options.quick] * TRIAL_SECONDS[not options.quick] * (len(POLICIES) + 1)
+        longest = (1 + TRIALS[not options.quick]) * TRIAL_SECONDS[not options.quick] * (len(POLICIES) + 1)
         left = options.deadline - time.monotonic()
         if left < 0.7 * longest:
             found.lines.append(f"skipped {cell}: {left:.0f} s are left, it may take {longest:.0f}")
@@ -83,8 +83,8 @@ def one_cell(executor: Any, table: Any, cell: str, options: Options, vocab: int)
             max_running=MAX_RUNNING[workload], most_seconds=3 * TRIAL_SECONDS[full],
         )  # fmt: skip
 
-    one("drift", {}, first / 2)  # whatever is captured or allocated on first use
     for name, given in choices:
+        one(name, given, first / 2)  # whatever is captured or allocated on first use
         if time.monotonic() > options.deadline:
             results["policies"].setdefault(name, {"rate": None, "skipped": "no time left"})
             continue

@@ -58,6 +58,9 @@ log = logging.getLogger("drift.executor")
 LAYERS_PER_LAUNCH = 2
 """Prefill layers launched between two looks at the decode lane."""
 
+MIXED_TOKENS = 512
+"""Mixed passes of up to so many tokens are captured at start-up."""
+
 SPIN_SECONDS = 20e-6
 NAP_SECONDS = 50e-6
 
@@ -496,15 +499,22 @@ class CudaExecutor:
         """Measure a cost table. Only while nothing is served."""
         return measure.measure(self, grid, model=model, progress=progress, journal=journal)
 
-    def warm_up(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Compile kernels and capture the common graphs; from then on nothing is allocated."""
+    def warm_up(
+        self, progress: Callable[[float], None] = lambda fraction: None, mixed_tokens: int = MIXED_TOKENS
+    ) -> None:
+        """Compile kernels and capture the common graphs; from then on nothing is allocated.
+
+        `mixed_tokens`: mixed passes of up to so many are captured now, others when they first come.
+        """
         places = [place for place in self._streams if place.lane is Lane.DECODE]
-        extents = self.decode.common_extents()
-        for index, (place, extent) in enumerate((p, e) for p in places for e in extents):
+        wanted = [(place, extent) for place in places for extent in self.decode.common_extents()]
+        whole = Place(Lane.DECODE, None)
+        wanted += [(whole, extent) for extent in self.decode.mixed_extents(mixed_tokens)]
+        for index, (place, extent) in enumerate(wanted):
             stream, units = self.stream(place)
             self.decode.graph(stream, extent, units)
             self.accelerator.synchronize()  # the next capture writes the same host blocks
-            progress((index + 1) / (len(places) * len(extents) + 1))
+            progress((index + 1) / (len(wanted) + 1))
         for place in [place for place in self._streams if place.lane is Lane.PREFILL]:
             stream, units = self.stream(place)
             for tokens in REHEARSED_TOKENS:

@@ -176,6 +176,16 @@ class DecodeLane:
         most = bucket_of(self.max_running)
         return [step_extent(bucket) for bucket in COMMON_BUCKETS if bucket <= most]
 
+    def mixed_extents(self, most: int) -> list[Extent]:
+        """Mixed passes of up to `most` tokens, as they are captured."""
+        found = [self._mixed_extent(tokens) for tokens in range(32, min(most, MIXED_GRAPH_TOKENS) + 1, 32)]
+        extents = dict.fromkeys(_mixed_bucket(extent) for extent in found)
+        return [extent for extent in extents if extent.tokens <= self._mixes.room.tokens]
+
+    def _mixed_extent(self, tokens: int) -> Extent:
+        """Every mixed pass samples from as many rows: reading the head's weights costs the same for few."""
+        return Extent(tokens, self._mixes.room.sequences, self._samples, BOTH)
+
     def prepare(self, units: int) -> bool:
         """Make the rows stand at the next step, while this one runs; whether there was anything to do."""
         if self.rows.standing or not len(self.rows):
@@ -249,7 +259,7 @@ class DecodeLane:
         self._make_room(chunk_tokens)
         each, count = self._mixes, len(ids)
         finishing = [chunk for chunk in chunks if chunk.last]
-        exact = Extent(count + chunk_tokens, each.room.sequences, bucket_of(count + len(finishing)), BOTH)
+        exact = self._mixed_extent(count + chunk_tokens)
         extent = _mixed_bucket(exact)
         captured = extent.tokens <= min(MIXED_GRAPH_TOKENS, each.room.tokens)
         graph: Graph | None = None
@@ -279,7 +289,8 @@ class DecodeLane:
         run = Work("mixed", step, touches, count + chunk_tokens, self._layers)
 
         def launch() -> None:
-            each.buffers.send(stream, extent.sequences)
+            # Sequences that pad have no tokens; what a graph finds in their rows was sent at its capture.
+            each.buffers.send(stream, pad_from if captured else extent.sequences)
             if graph is not None:
                 self._accelerator.replay(stream, graph, run)
             else:
