@@ -98,3 +98,46 @@ def test_the_document_holds_every_cell_that_was_run(validate: Any) -> None:
     assert "`chunked-prefill:token_budget=256` | 1.00" in text
     assert "| +10 (+10) | +610 (+672) |" in text
     assert "a smoke test, not a result" in text
+
+
+def test_a_broken_run_goes_on_from_what_it_knew(validate: Any, tmp_path: Path) -> None:
+    from collections.abc import Generator, Sequence
+
+    from drift_scheduler.domain import SLO
+    from drift_scheduler.goodput import Criterion, Outcome, PolicyGoodput, Trial
+    from drift_scheduler.simulation.run import Scenario
+
+    scenario = Scenario("sharegpt", "h200", "llama-3.1-8b", "gang", SLO(1, 0.1))
+    asked: list[float | None] = []
+
+    def search() -> Generator[Sequence[Trial], Sequence[Outcome], PolicyGoodput]:
+        for rate in (1.0, 2.0):
+            outcomes = yield [Trial(Scenario(**{**_fields(scenario), "rate": rate}), Criterion())]
+            asked.append(outcomes[0].rate)
+        outcomes = yield [Trial(Scenario(**{**_fields(scenario), "rate": 1.0}))]
+        return PolicyGoodput("gang", "gang", (), report=outcomes[0].report)
+
+    path = tmp_path / "known.jsonl"
+    first = validate.Memory(str(path)).skip_known("cell|gang", search())
+    assert next(first)[0].scenario.rate == 1.0
+    assert first.send([Outcome(1.0, True)])[0].scenario.rate == 2.0
+    first.close()
+
+    second = validate.Memory(str(path)).skip_known("cell|gang", search())
+    assert next(second)[0].scenario.rate == 2.0
+    whole = second.send([Outcome(2.0, False, "TBT")])[0]
+    assert whole.criterion is None
+    with pytest.raises(StopIteration):
+        second.send([Outcome(1.0, True, report={"a": 1})])
+
+    third = validate.Memory(str(path)).skip_known("cell|gang", search())
+    with pytest.raises(StopIteration) as done:
+        next(third)
+    assert done.value.value.report == {"a": 1}
+    assert asked == [1.0, 1.0, 2.0, 1.0, 2.0]
+
+
+def _fields(scenario: object) -> dict[str, Any]:
+    from dataclasses import fields
+
+    return {field.name: getattr(scenario, field.name) for field in fields(scenario)}  # type: ignore[arg-type]
