@@ -7,6 +7,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class OnInfeasible(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ON_INFEASIBLE_UNSPECIFIED: _ClassVar[OnInfeasible]
+    ON_INFEASIBLE_BEST_EFFORT: _ClassVar[OnInfeasible]
+    ON_INFEASIBLE_REJECT: _ClassVar[OnInfeasible]
+    ON_INFEASIBLE_DEMOTE: _ClassVar[OnInfeasible]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -15,6 +22,10 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_REJECTED: _ClassVar[FinishReason]
     FINISH_REASON_FAILED: _ClassVar[FinishReason]
+ON_INFEASIBLE_UNSPECIFIED: OnInfeasible
+ON_INFEASIBLE_BEST_EFFORT: OnInfeasible
+ON_INFEASIBLE_REJECT: OnInfeasible
+ON_INFEASIBLE_DEMOTE: OnInfeasible
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -23,7 +34,7 @@ FINISH_REASON_REJECTED: FinishReason
 FINISH_REASON_FAILED: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "stopping", "slo", "priority", "labels")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "stopping", "slo", "priority", "labels", "prefix", "structured")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +52,8 @@ class GenerateRequest(_message.Message):
     SLO_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -51,7 +64,35 @@ class GenerateRequest(_message.Message):
     slo: SLO
     priority: int
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., slo: _Optional[_Union[SLO, _Mapping]] = ..., priority: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    prefix: PrefixHints
+    structured: StructuredOutput
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stopping: _Optional[_Union[Stopping, _Mapping]] = ..., slo: _Optional[_Union[SLO, _Mapping]] = ..., priority: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ..., prefix: _Optional[_Union[PrefixHints, _Mapping]] = ..., structured: _Optional[_Union[StructuredOutput, _Mapping]] = ...) -> None: ...
+
+class PrefixHints(_message.Message):
+    __slots__ = ("session", "reuse_tokens", "cache_salt")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    REUSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    reuse_tokens: int
+    cache_salt: str
+    def __init__(self, session: _Optional[str] = ..., reuse_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+
+class StructuredOutput(_message.Message):
+    __slots__ = ("json_schema", "regex", "choice")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    regex: str
+    choice: Choices
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ...) -> None: ...
+
+class Choices(_message.Message):
+    __slots__ = ("choices",)
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -123,15 +164,17 @@ class Stopping(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., include_stop_in_text: _Optional[bool] = ...) -> None: ...
 
 class SLO(_message.Message):
-    __slots__ = ("ttft_ms", "tbt_ms", "e2e_ms")
+    __slots__ = ("ttft_ms", "tbt_ms", "e2e_ms", "on_infeasible")
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     TBT_MS_FIELD_NUMBER: _ClassVar[int]
     E2E_MS_FIELD_NUMBER: _ClassVar[int]
     CLASS_FIELD_NUMBER: _ClassVar[int]
+    ON_INFEASIBLE_FIELD_NUMBER: _ClassVar[int]
     ttft_ms: float
     tbt_ms: float
     e2e_ms: float
-    def __init__(self, ttft_ms: _Optional[float] = ..., tbt_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ..., **kwargs) -> None: ...
+    on_infeasible: OnInfeasible
+    def __init__(self, ttft_ms: _Optional[float] = ..., tbt_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ..., on_infeasible: _Optional[_Union[OnInfeasible, str]] = ..., **kwargs) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("accepted", "token_delta", "finished")
@@ -144,18 +187,22 @@ class GenerateResponse(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., token_delta: _Optional[_Union[TokenDelta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("request_id", "model", "prompt_tokens", "queue_position", "cached_tokens")
+    __slots__ = ("request_id", "model", "prompt_tokens", "queue_position", "cached_tokens", "predicted_ttft_ms", "demoted")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_POSITION_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompt_tokens: int
     queue_position: int
     cached_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., queue_position: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    predicted_ttft_ms: float
+    demoted: bool
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., queue_position: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., predicted_ttft_ms: _Optional[float] = ..., demoted: _Optional[bool] = ...) -> None: ...
 
 class TokenDelta(_message.Message):
     __slots__ = ("output_index", "sequence", "text", "token_ids", "offsets_us", "logprobs")
@@ -216,7 +263,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
 
 class RequestTiming(_message.Message):
-    __slots__ = ("queue_ms", "prefill_ms", "ttft_ms", "tbt_p50_ms", "tbt_p99_ms", "tbt_max_ms", "e2e_ms", "preemptions", "recomputed_tokens", "slo", "ttft_met", "tbt_met", "e2e_met", "late_tokens", "gateway_ms")
+    __slots__ = ("queue_ms", "prefill_ms", "ttft_ms", "tbt_p50_ms", "tbt_p99_ms", "tbt_max_ms", "e2e_ms", "preemptions", "recomputed_tokens", "slo", "ttft_met", "tbt_met", "e2e_met", "late_tokens", "gateway_ms", "prefill_units", "decode_units", "predicted_ttft_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +279,9 @@ class RequestTiming(_message.Message):
     E2E_MET_FIELD_NUMBER: _ClassVar[int]
     LATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_MS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_UNITS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_UNITS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     prefill_ms: float
     ttft_ms: float
@@ -247,4 +297,43 @@ class RequestTiming(_message.Message):
     e2e_met: bool
     late_tokens: int
     gateway_ms: float
-    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tbt_p50_ms: _Optional[float] = ..., tbt_p99_ms: _Optional[float] = ..., tbt_max_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., slo: _Optional[_Union[SLO, _Mapping]] = ..., ttft_met: _Optional[bool] = ..., tbt_met: _Optional[bool] = ..., e2e_met: _Optional[bool] = ..., late_tokens: _Optional[int] = ..., gateway_ms: _Optional[float] = ...) -> None: ...
+    prefill_units: int
+    decode_units: int
+    predicted_ttft_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tbt_p50_ms: _Optional[float] = ..., tbt_p99_ms: _Optional[float] = ..., tbt_max_ms: _Optional[float] = ..., e2e_ms: _Optional[float] = ..., preemptions: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., slo: _Optional[_Union[SLO, _Mapping]] = ..., ttft_met: _Optional[bool] = ..., tbt_met: _Optional[bool] = ..., e2e_met: _Optional[bool] = ..., late_tokens: _Optional[int] = ..., gateway_ms: _Optional[float] = ..., prefill_units: _Optional[int] = ..., decode_units: _Optional[int] = ..., predicted_ttft_ms: _Optional[float] = ...) -> None: ...
+
+class TokenizeRequest(_message.Message):
+    __slots__ = ("model", "text", "chat", "without_special_tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    text: str
+    chat: Chat
+    without_special_tokens: bool
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., without_special_tokens: _Optional[bool] = ...) -> None: ...
+
+class TokenizeResponse(_message.Message):
+    __slots__ = ("token_ids", "max_context_tokens")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    max_context_tokens: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., max_context_tokens: _Optional[int] = ...) -> None: ...
+
+class DetokenizeRequest(_message.Message):
+    __slots__ = ("model", "token_ids", "with_special_tokens")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    WITH_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    with_special_tokens: bool
+    def __init__(self, model: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., with_special_tokens: _Optional[bool] = ...) -> None: ...
+
+class DetokenizeResponse(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...

@@ -25,45 +25,61 @@ _sym_db = _symbol_database.Default()
 from drift_gateway.v1 import generation_pb2 as drift__gateway_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64rift_gateway/v1/info.proto\x12\x08\x64rift.v1\x1a!drift_gateway/v1/generation.proto\"\x16\n\x14GetServerInfoRequest\"\xa8\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\treadiness\x18\x02 \x01(\x0e\x32\x13.drift.v1.Readiness\x12(\n\x08start_up\x18\x03 \x01(\x0b\x32\x11.drift.v1.StartUpH\x00\x88\x01\x01\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x0f.drift.v1.ModelH\x01\x88\x01\x01\x12%\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x10.drift.v1.DeviceH\x02\x88\x01\x01\x12)\n\x08policies\x18\x06 \x01(\x0b\x32\x12.drift.v1.PoliciesH\x03\x88\x01\x01\x12&\n\x07kv_pool\x18\x07 \x01(\x0b\x32\x10.drift.v1.KvPoolH\x04\x88\x01\x01\x12(\n\x0cslo_defaults\x18\x08 \x01(\x0b\x32\r.drift.v1.SLOH\x05\x88\x01\x01\x12\x17\n\x0f\x65ngine_restarts\x18\t \x01(\rB\x0b\n\t_start_upB\x08\n\x06_modelB\t\n\x07_deviceB\x0b\n\t_policiesB\n\n\x08_kv_poolB\x0f\n\r_slo_defaults\"*\n\x07StartUp\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x01\"\x9a\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\"R\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05units\x18\x02 \x01(\r\x12+\n\x0epartition_menu\x18\x03 \x03(\x0b\x32\x13.drift.v1.Partition\"8\n\tPartition\x12\x15\n\rprefill_units\x18\x01 \x01(\r\x12\x14\n\x0c\x64\x65\x63ode_units\x18\x02 \x01(\r\"/\n\x08Policies\x12\x10\n\x08\x64ispatch\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\t\"]\n\x06KvPool\x12\x13\n\x0bpage_tokens\x18\x01 \x01(\r\x12\x13\n\x0btotal_pages\x18\x02 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x04\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\"\x10\n\x0eGetLoadRequest\"/\n\x0fGetLoadResponse\x12\x1c\n\x04load\x18\x01 \x01(\x0b\x32\x0e.drift.v1.Load\"\xe6\x01\n\x04Load\x12\x11\n\tin_flight\x18\x01 \x01(\r\x12\x15\n\rmax_in_flight\x18\x02 \x01(\r\x12\x14\n\x07waiting\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07running\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nfree_pages\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x18\n\x10tokens_generated\x18\x06 \x01(\x04\x12\x19\n\x11requests_finished\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x42\n\n\x08_waitingB\n\n\x08_runningB\r\n\x0b_free_pages\"=\n\x11WatchStatsRequest\x12\x18\n\x0binterval_ms\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_interval_ms\"z\n\x12WatchStatsResponse\x12\x0f\n\x07time_us\x18\x01 \x01(\x04\x12\x1c\n\x04load\x18\x02 \x01(\x0b\x32\x0e.drift.v1.Load\x12$\n\tstretches\x18\x03 \x03(\x0b\x32\x11.drift.v1.Stretch\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x04\"\xab\x01\n\x07Stretch\x12\x10\n\x08start_us\x18\x01 \x01(\x04\x12\x0f\n\x07stop_us\x18\x02 \x01(\x04\x12\"\n\x07sharing\x18\x03 \x01(\x0e\x32\x11.drift.v1.Sharing\x12&\n\tpartition\x18\x04 \x01(\x0b\x32\x13.drift.v1.Partition\x12\x18\n\x10prefill_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x64\x65\x63ode_requests\x18\x06 \x01(\r*\x85\x01\n\tReadiness\x12\x19\n\x15READINESS_UNSPECIFIED\x10\x00\x12\x16\n\x12READINESS_STARTING\x10\x01\x12\x13\n\x0fREADINESS_READY\x10\x02\x12\x18\n\x14READINESS_RESTARTING\x10\x03\x12\x16\n\x12READINESS_STOPPING\x10\x04*\x89\x01\n\x07Sharing\x12\x17\n\x13SHARING_UNSPECIFIED\x10\x00\x12\x10\n\x0cSHARING_IDLE\x10\x01\x12\x13\n\x0fSHARING_SPATIAL\x10\x02\x12\x14\n\x10SHARING_TEMPORAL\x10\x03\x12\x11\n\rSHARING_FUSED\x10\x04\x12\x15\n\x11SHARING_EXCLUSIVE\x10\x05\x32\xea\x01\n\x0bInfoService\x12P\n\rGetServerInfo\x12\x1e.drift.v1.GetServerInfoRequest\x1a\x1f.drift.v1.GetServerInfoResponse\x12>\n\x07GetLoad\x12\x18.drift.v1.GetLoadRequest\x1a\x19.drift.v1.GetLoadResponse\x12I\n\nWatchStats\x12\x1b.drift.v1.WatchStatsRequest\x1a\x1c.drift.v1.WatchStatsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64rift_gateway/v1/info.proto\x12\x08\x64rift.v1\x1a!drift_gateway/v1/generation.proto\"\x16\n\x14GetServerInfoRequest\"\xa8\x03\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\treadiness\x18\x02 \x01(\x0e\x32\x13.drift.v1.Readiness\x12(\n\x08start_up\x18\x03 \x01(\x0b\x32\x11.drift.v1.StartUpH\x00\x88\x01\x01\x12#\n\x05model\x18\x04 \x01(\x0b\x32\x0f.drift.v1.ModelH\x01\x88\x01\x01\x12%\n\x06\x64\x65vice\x18\x05 \x01(\x0b\x32\x10.drift.v1.DeviceH\x02\x88\x01\x01\x12)\n\x08policies\x18\x06 \x01(\x0b\x32\x12.drift.v1.PoliciesH\x03\x88\x01\x01\x12&\n\x07kv_pool\x18\x07 \x01(\x0b\x32\x10.drift.v1.KvPoolH\x04\x88\x01\x01\x12(\n\x0cslo_defaults\x18\x08 \x01(\x0b\x32\r.drift.v1.SLOH\x05\x88\x01\x01\x12\x17\n\x0f\x65ngine_restarts\x18\t \x01(\rB\x0b\n\t_start_upB\x08\n\x06_modelB\t\n\x07_deviceB\x0b\n\t_policiesB\n\n\x08_kv_poolB\x0f\n\r_slo_defaults\"-\n\x0fGetModelRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"2\n\x10GetModelResponse\x12\x1e\n\x05model\x18\x01 \x01(\x0b\x32\x0f.drift.v1.Model\"\x13\n\x11ListModelsRequest\"5\n\x12ListModelsResponse\x12\x1f\n\x06models\x18\x01 \x03(\x0b\x32\x0f.drift.v1.Model\"\x14\n\x12ListPluginsRequest\"8\n\x13ListPluginsResponse\x12!\n\x07plugins\x18\x01 \x03(\x0b\x32\x10.drift.v1.Plugin\"W\n\x06Plugin\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07package\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0f\n\x07summary\x18\x05 \x01(\t\"*\n\x07StartUp\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x10\n\x08\x66raction\x18\x02 \x01(\x01\"\x9a\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x12\n\nnum_layers\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\"R\n\x06\x44\x65vice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05units\x18\x02 \x01(\r\x12+\n\x0epartition_menu\x18\x03 \x03(\x0b\x32\x13.drift.v1.Partition\"8\n\tPartition\x12\x15\n\rprefill_units\x18\x01 \x01(\r\x12\x14\n\x0c\x64\x65\x63ode_units\x18\x02 \x01(\r\"/\n\x08Policies\x12\x10\n\x08\x64ispatch\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\t\"]\n\x06KvPool\x12\x13\n\x0bpage_tokens\x18\x01 \x01(\r\x12\x13\n\x0btotal_pages\x18\x02 \x01(\x04\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\x04\x12\x13\n\x0bmax_running\x18\x04 \x01(\r\"\x10\n\x0eGetLoadRequest\"/\n\x0fGetLoadResponse\x12\x1c\n\x04load\x18\x01 \x01(\x0b\x32\x0e.drift.v1.Load\"\xfe\x02\n\x04Load\x12\x11\n\tin_flight\x18\x01 \x01(\r\x12\x15\n\rmax_in_flight\x18\x02 \x01(\r\x12\x14\n\x07waiting\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07running\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x17\n\nfree_pages\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x18\n\x10tokens_generated\x18\x06 \x01(\x04\x12\x19\n\x11requests_finished\x18\x07 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x08 \x01(\x04\x12#\n\x16waiting_prefill_tokens\x18\t \x01(\x04H\x03\x88\x01\x01\x12\x18\n\x0btotal_pages\x18\n \x01(\x04H\x04\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x04\x12\x15\n\rcached_tokens\x18\x0c \x01(\x04\x42\n\n\x08_waitingB\n\n\x08_runningB\r\n\x0b_free_pagesB\x19\n\x17_waiting_prefill_tokensB\x0e\n\x0c_total_pages\"\xa2\x03\n\nClassStats\x12\r\n\x05\x63lass\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\r\x12\x1c\n\x0fttft_attainment\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x0etbt_attainment\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0bttft_p50_ms\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x18\n\x0bttft_p99_ms\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x17\n\ntbt_p50_ms\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x17\n\ntbt_p99_ms\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x1b\n\x0ettft_target_ms\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1a\n\rtbt_target_ms\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x0f\n\x07goodput\x18\x0b \x01(\x01\x42\x12\n\x10_ttft_attainmentB\x11\n\x0f_tbt_attainmentB\x0e\n\x0c_ttft_p50_msB\x0e\n\x0c_ttft_p99_msB\r\n\x0b_tbt_p50_msB\r\n\x0b_tbt_p99_msB\x11\n\x0f_ttft_target_msB\x10\n\x0e_tbt_target_ms\"=\n\x11WatchStatsRequest\x12\x18\n\x0binterval_ms\x18\x01 \x01(\rH\x00\x88\x01\x01\x42\x0e\n\x0c_interval_ms\"\xa1\x01\n\x12WatchStatsResponse\x12\x0f\n\x07time_us\x18\x01 \x01(\x04\x12\x1c\n\x04load\x18\x02 \x01(\x0b\x32\x0e.drift.v1.Load\x12$\n\tstretches\x18\x03 \x03(\x0b\x32\x11.drift.v1.Stretch\x12\x0f\n\x07\x64ropped\x18\x04 \x01(\x04\x12%\n\x07\x63lasses\x18\x05 \x03(\x0b\x32\x14.drift.v1.ClassStats\"\xab\x01\n\x07Stretch\x12\x10\n\x08start_us\x18\x01 \x01(\x04\x12\x0f\n\x07stop_us\x18\x02 \x01(\x04\x12\"\n\x07sharing\x18\x03 \x01(\x0e\x32\x11.drift.v1.Sharing\x12&\n\tpartition\x18\x04 \x01(\x0b\x32\x13.drift.v1.Partition\x12\x18\n\x10prefill_requests\x18\x05 \x01(\r\x12\x17\n\x0f\x64\x65\x63ode_requests\x18\x06 \x01(\r*\x85\x01\n\tReadiness\x12\x19\n\x15READINESS_UNSPECIFIED\x10\x00\x12\x16\n\x12READINESS_STARTING\x10\x01\x12\x13\n\x0fREADINESS_READY\x10\x02\x12\x18\n\x14READINESS_RESTARTING\x10\x03\x12\x16\n\x12READINESS_STOPPING\x10\x04*\x89\x01\n\x07Sharing\x12\x17\n\x13SHARING_UNSPECIFIED\x10\x00\x12\x10\n\x0cSHARING_IDLE\x10\x01\x12\x13\n\x0fSHARING_SPATIAL\x10\x02\x12\x14\n\x10SHARING_TEMPORAL\x10\x03\x12\x11\n\rSHARING_FUSED\x10\x04\x12\x15\n\x11SHARING_EXCLUSIVE\x10\x05\x32\xc2\x03\n\x0bInfoService\x12P\n\rGetServerInfo\x12\x1e.drift.v1.GetServerInfoRequest\x1a\x1f.drift.v1.GetServerInfoResponse\x12\x41\n\x08GetModel\x12\x19.drift.v1.GetModelRequest\x1a\x1a.drift.v1.GetModelResponse\x12G\n\nListModels\x12\x1b.drift.v1.ListModelsRequest\x1a\x1c.drift.v1.ListModelsResponse\x12J\n\x0bListPlugins\x12\x1c.drift.v1.ListPluginsRequest\x1a\x1d.drift.v1.ListPluginsResponse\x12>\n\x07GetLoad\x12\x18.drift.v1.GetLoadRequest\x1a\x19.drift.v1.GetLoadResponse\x12I\n\nWatchStats\x12\x1b.drift.v1.WatchStatsRequest\x1a\x1c.drift.v1.WatchStatsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'drift_gateway.v1.info_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_READINESS']._serialized_start=1676
-  _globals['_READINESS']._serialized_end=1809
-  _globals['_SHARING']._serialized_start=1812
-  _globals['_SHARING']._serialized_end=1949
+  _globals['_READINESS']._serialized_start=2633
+  _globals['_READINESS']._serialized_end=2766
+  _globals['_SHARING']._serialized_start=2769
+  _globals['_SHARING']._serialized_end=2906
   _globals['_GETSERVERINFOREQUEST']._serialized_start=76
   _globals['_GETSERVERINFOREQUEST']._serialized_end=98
   _globals['_GETSERVERINFORESPONSE']._serialized_start=101
   _globals['_GETSERVERINFORESPONSE']._serialized_end=525
-  _globals['_STARTUP']._serialized_start=527
-  _globals['_STARTUP']._serialized_end=569
-  _globals['_MODEL']._serialized_start=572
-  _globals['_MODEL']._serialized_end=726
-  _globals['_DEVICE']._serialized_start=728
-  _globals['_DEVICE']._serialized_end=810
-  _globals['_PARTITION']._serialized_start=812
-  _globals['_PARTITION']._serialized_end=868
-  _globals['_POLICIES']._serialized_start=870
-  _globals['_POLICIES']._serialized_end=917
-  _globals['_KVPOOL']._serialized_start=919
-  _globals['_KVPOOL']._serialized_end=1012
-  _globals['_GETLOADREQUEST']._serialized_start=1014
-  _globals['_GETLOADREQUEST']._serialized_end=1030
-  _globals['_GETLOADRESPONSE']._serialized_start=1032
-  _globals['_GETLOADRESPONSE']._serialized_end=1079
-  _globals['_LOAD']._serialized_start=1082
-  _globals['_LOAD']._serialized_end=1312
-  _globals['_WATCHSTATSREQUEST']._serialized_start=1314
-  _globals['_WATCHSTATSREQUEST']._serialized_end=1375
-  _globals['_WATCHSTATSRESPONSE']._serialized_start=1377
-  _globals['_WATCHSTATSRESPONSE']._serialized_end=1499
-  _globals['_STRETCH']._serialized_start=1502
-  _globals['_STRETCH']._serialized_end=1673
-  _globals['_INFOSERVICE']._serialized_start=1952
-  _globals['_INFOSERVICE']._serialized_end=2186
+  _globals['_GETMODELREQUEST']._serialized_start=527
+  _globals['_GETMODELREQUEST']._serialized_end=572
+  _globals['_GETMODELRESPONSE']._serialized_start=574
+  _globals['_GETMODELRESPONSE']._serialized_end=624
+  _globals['_LISTMODELSREQUEST']._serialized_start=626
+  _globals['_LISTMODELSREQUEST']._serialized_end=645
+  _globals['_LISTMODELSRESPONSE']._serialized_start=647
+  _globals['_LISTMODELSRESPONSE']._serialized_end=700
+  _globals['_LISTPLUGINSREQUEST']._serialized_start=702
+  _globals['_LISTPLUGINSREQUEST']._serialized_end=722
+  _globals['_LISTPLUGINSRESPONSE']._serialized_start=724
+  _globals['_LISTPLUGINSRESPONSE']._serialized_end=780
+  _globals['_PLUGIN']._serialized_start=782
+  _globals['_PLUGIN']._serialized_end=869
+  _globals['_STARTUP']._serialized_start=871
+  _globals['_STARTUP']._serialized_end=913
+  _globals['_MODEL']._serialized_start=916
+  _globals['_MODEL']._serialized_end=1070
+  _globals['_DEVICE']._serialized_start=1072
+  _globals['_DEVICE']._serialized_end=1154
+  _globals['_PARTITION']._serialized_start=1156
+  _globals['_PARTITION']._serialized_end=1212
+  _globals['_POLICIES']._serialized_start=1214
+  _globals['_POLICIES']._serialized_end=1261
+  _globals['_KVPOOL']._serialized_start=1263
+  _globals['_KVPOOL']._serialized_end=1356
+  _globals['_GETLOADREQUEST']._serialized_start=1358
+  _globals['_GETLOADREQUEST']._serialized_end=1374
+  _globals['_GETLOADRESPONSE']._serialized_start=1376
+  _globals['_GETLOADRESPONSE']._serialized_end=1423
+  _globals['_LOAD']._serialized_start=1426
+  _globals['_LOAD']._serialized_end=1808
+  _globals['_CLASSSTATS']._serialized_start=1811
+  _globals['_CLASSSTATS']._serialized_end=2229
+  _globals['_WATCHSTATSREQUEST']._serialized_start=2231
+  _globals['_WATCHSTATSREQUEST']._serialized_end=2292
+  _globals['_WATCHSTATSRESPONSE']._serialized_start=2295
+  _globals['_WATCHSTATSRESPONSE']._serialized_end=2456
+  _globals['_STRETCH']._serialized_start=2459
+  _globals['_STRETCH']._serialized_end=2630
+  _globals['_INFOSERVICE']._serialized_start=2909
+  _globals['_INFOSERVICE']._serialized_end=3359
 # @@protoc_insertion_point(module_scope)

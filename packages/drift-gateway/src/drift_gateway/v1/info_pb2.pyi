@@ -62,6 +62,52 @@ class GetServerInfoResponse(_message.Message):
     engine_restarts: int
     def __init__(self, version: _Optional[str] = ..., readiness: _Optional[_Union[Readiness, str]] = ..., start_up: _Optional[_Union[StartUp, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., policies: _Optional[_Union[Policies, _Mapping]] = ..., kv_pool: _Optional[_Union[KvPool, _Mapping]] = ..., slo_defaults: _Optional[_Union[_generation_pb2.SLO, _Mapping]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
 
+class GetModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class ListPluginsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPluginsResponse(_message.Message):
+    __slots__ = ("plugins",)
+    PLUGINS_FIELD_NUMBER: _ClassVar[int]
+    plugins: _containers.RepeatedCompositeFieldContainer[Plugin]
+    def __init__(self, plugins: _Optional[_Iterable[_Union[Plugin, _Mapping]]] = ...) -> None: ...
+
+class Plugin(_message.Message):
+    __slots__ = ("kind", "name", "package", "version", "summary")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    name: str
+    package: str
+    version: str
+    summary: str
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ..., package: _Optional[str] = ..., version: _Optional[str] = ..., summary: _Optional[str] = ...) -> None: ...
+
 class StartUp(_message.Message):
     __slots__ = ("phase", "fraction")
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -137,7 +183,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("in_flight", "max_in_flight", "waiting", "running", "free_pages", "tokens_generated", "requests_finished", "preemptions")
+    __slots__ = ("in_flight", "max_in_flight", "waiting", "running", "free_pages", "tokens_generated", "requests_finished", "preemptions", "waiting_prefill_tokens", "total_pages", "prompt_tokens", "cached_tokens")
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     MAX_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +192,10 @@ class Load(_message.Message):
     TOKENS_GENERATED_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     in_flight: int
     max_in_flight: int
     waiting: int
@@ -154,7 +204,36 @@ class Load(_message.Message):
     tokens_generated: int
     requests_finished: int
     preemptions: int
-    def __init__(self, in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., free_pages: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    waiting_prefill_tokens: int
+    total_pages: int
+    prompt_tokens: int
+    cached_tokens: int
+    def __init__(self, in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., free_pages: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., requests_finished: _Optional[int] = ..., preemptions: _Optional[int] = ..., waiting_prefill_tokens: _Optional[int] = ..., total_pages: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+
+class ClassStats(_message.Message):
+    __slots__ = ("finished", "ttft_attainment", "tbt_attainment", "ttft_p50_ms", "ttft_p99_ms", "tbt_p50_ms", "tbt_p99_ms", "ttft_target_ms", "tbt_target_ms", "goodput")
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TTFT_ATTAINMENT_FIELD_NUMBER: _ClassVar[int]
+    TBT_ATTAINMENT_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P50_MS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_P99_MS_FIELD_NUMBER: _ClassVar[int]
+    TBT_P50_MS_FIELD_NUMBER: _ClassVar[int]
+    TBT_P99_MS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
+    TBT_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
+    GOODPUT_FIELD_NUMBER: _ClassVar[int]
+    finished: int
+    ttft_attainment: float
+    tbt_attainment: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    tbt_p50_ms: float
+    tbt_p99_ms: float
+    ttft_target_ms: float
+    tbt_target_ms: float
+    goodput: float
+    def __init__(self, finished: _Optional[int] = ..., ttft_attainment: _Optional[float] = ..., tbt_attainment: _Optional[float] = ..., ttft_p50_ms: _Optional[float] = ..., ttft_p99_ms: _Optional[float] = ..., tbt_p50_ms: _Optional[float] = ..., tbt_p99_ms: _Optional[float] = ..., ttft_target_ms: _Optional[float] = ..., tbt_target_ms: _Optional[float] = ..., goodput: _Optional[float] = ..., **kwargs) -> None: ...
 
 class WatchStatsRequest(_message.Message):
     __slots__ = ("interval_ms",)
@@ -163,16 +242,18 @@ class WatchStatsRequest(_message.Message):
     def __init__(self, interval_ms: _Optional[int] = ...) -> None: ...
 
 class WatchStatsResponse(_message.Message):
-    __slots__ = ("time_us", "load", "stretches", "dropped")
+    __slots__ = ("time_us", "load", "stretches", "dropped", "classes")
     TIME_US_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     STRETCHES_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
     time_us: int
     load: Load
     stretches: _containers.RepeatedCompositeFieldContainer[Stretch]
     dropped: int
-    def __init__(self, time_us: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., stretches: _Optional[_Iterable[_Union[Stretch, _Mapping]]] = ..., dropped: _Optional[int] = ...) -> None: ...
+    classes: _containers.RepeatedCompositeFieldContainer[ClassStats]
+    def __init__(self, time_us: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., stretches: _Optional[_Iterable[_Union[Stretch, _Mapping]]] = ..., dropped: _Optional[int] = ..., classes: _Optional[_Iterable[_Union[ClassStats, _Mapping]]] = ...) -> None: ...
 
 class Stretch(_message.Message):
     __slots__ = ("start_us", "stop_us", "sharing", "partition", "prefill_requests", "decode_requests")

@@ -40,6 +40,21 @@ class InfoServiceStub:
                 request_serializer=drift__gateway_dot_v1_dot_info__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=drift__gateway_dot_v1_dot_info__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/drift.v1.InfoService/GetModel',
+                request_serializer=drift__gateway_dot_v1_dot_info__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=drift__gateway_dot_v1_dot_info__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/drift.v1.InfoService/ListModels',
+                request_serializer=drift__gateway_dot_v1_dot_info__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=drift__gateway_dot_v1_dot_info__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.ListPlugins = channel.unary_unary(
+                '/drift.v1.InfoService/ListPlugins',
+                request_serializer=drift__gateway_dot_v1_dot_info__pb2.ListPluginsRequest.SerializeToString,
+                response_deserializer=drift__gateway_dot_v1_dot_info__pb2.ListPluginsResponse.FromString,
+                _registered_method=True)
         self.GetLoad = channel.unary_unary(
                 '/drift.v1.InfoService/GetLoad',
                 request_serializer=drift__gateway_dot_v1_dot_info__pb2.GetLoadRequest.SerializeToString,
@@ -58,6 +73,27 @@ class InfoServiceServicer:
 
     def GetServerInfo(self, request, context):
         """What is served, and whether it is ready.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """One model that is served. NOT_FOUND names those that are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Every model that is served: one, or none while the server starts.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPlugins(self, request, context):
+        """The policies, cost models and other parts that are installed, built-in ones included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +121,21 @@ def add_InfoServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=drift__gateway_dot_v1_dot_info__pb2.GetServerInfoRequest.FromString,
                     response_serializer=drift__gateway_dot_v1_dot_info__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=drift__gateway_dot_v1_dot_info__pb2.GetModelRequest.FromString,
+                    response_serializer=drift__gateway_dot_v1_dot_info__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=drift__gateway_dot_v1_dot_info__pb2.ListModelsRequest.FromString,
+                    response_serializer=drift__gateway_dot_v1_dot_info__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ListPlugins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPlugins,
+                    request_deserializer=drift__gateway_dot_v1_dot_info__pb2.ListPluginsRequest.FromString,
+                    response_serializer=drift__gateway_dot_v1_dot_info__pb2.ListPluginsResponse.SerializeToString,
             ),
             'GetLoad': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLoad,
@@ -125,6 +176,87 @@ class InfoService:
             '/drift.v1.InfoService/GetServerInfo',
             drift__gateway_dot_v1_dot_info__pb2.GetServerInfoRequest.SerializeToString,
             drift__gateway_dot_v1_dot_info__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drift.v1.InfoService/GetModel',
+            drift__gateway_dot_v1_dot_info__pb2.GetModelRequest.SerializeToString,
+            drift__gateway_dot_v1_dot_info__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drift.v1.InfoService/ListModels',
+            drift__gateway_dot_v1_dot_info__pb2.ListModelsRequest.SerializeToString,
+            drift__gateway_dot_v1_dot_info__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPlugins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/drift.v1.InfoService/ListPlugins',
+            drift__gateway_dot_v1_dot_info__pb2.ListPluginsRequest.SerializeToString,
+            drift__gateway_dot_v1_dot_info__pb2.ListPluginsResponse.FromString,
             options,
             channel_credentials,
             insecure,
