@@ -76,12 +76,12 @@ def prompts() -> list[list[int]]:
 
 def serve_with(torch: Any, folder: Path, policy: str) -> dict[str, Any]:
     """Serve the prompts on the device; what each yielded."""
-    from drift_core.cuda.assembly import load
     from drift_core.model.config import load_config
+    from drift_core.model.weights import load_weights
     from gpu_parts.subject import executor_of
 
     config = load_config(folder)
-    weights = load(folder, config, torch.bfloat16, "auto")
+    weights = load_weights(folder, config, torch.bfloat16, "cuda")
     executor = executor_of(
         config, weights, max_running=16, max_context=1024, prefill_tokens=2048, kv_bytes=1 << 28
     )

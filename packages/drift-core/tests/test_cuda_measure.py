@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from drift_core.cuda.assembly import CudaOptions, load, plan_memory
+from drift_core.assembly import Setup, weights_on
+from drift_core.cuda.assembly import CudaOptions, plan_memory
 from drift_core.cuda.device import Place, Work
 from drift_core.cuda.measure import plan_grid
 from drift_core.cuda.stub import StubDevice
 from drift_core.engine import engine_config
+from drift_core.model.config import load_config, model_directory
 from drift_core.model.shapes import shape_config
+from drift_scheduler.cli import drift
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import DecodeShape, Device, Partition
-from drift_scheduler.errors import DriftError, UnknownNameError
+from drift_scheduler.errors import DriftError
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -112,10 +117,61 @@ def test_memory_goes_to_kv_after_weights_and_passes() -> None:
 
 
 def test_a_load_format_that_is_none_is_refused() -> None:
-    model = shape_config("llama-3.1-8b")
-    with pytest.raises(UnknownNameError, match="gguf"):
-        load(Path("."), model, torch.bfloat16, "gguf")
-    assert engine_config(model="demo", load_format="dummy").load_format == "dummy"
+    from drift_core.engine import Engine
+
+    with pytest.raises(DriftError, match="gguf"):
+        Engine.start(engine_config(model="demo", device="cpu", load_format="gguf", profile="none"))
+
+
+@pytest.mark.parametrize("command", ["generate", "profile", "serve"])
+def test_commands_know_the_load_formats(command: str) -> None:
+    done = CliRunner().invoke(drift, [command, "--load-format", "gguf"])
+    assert done.exit_code == 2
+    assert "'gguf' is not one of 'auto', 'dummy'" in done.output
+
+
+def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_directory("demo") / name).read_bytes())
+    wanted = [
+        "generate",
+        "--model",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--prompt",
+        "hello",
+        "--max-tokens",
+        "3",
+    ]
+    assert CliRunner().invoke(drift, wanted).exit_code != 0
+    done = CliRunner().invoke(drift, [*wanted, "--load-format", "dummy", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    assert '"length"' in done.output
+
+
+@pytest.mark.parametrize(("load_format", "device"), [("auto", "cpu"), ("dummy", "cpu"), ("auto", "meta")])
+def test_weights_go_straight_to_their_device(
+    load_format: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float]] = []
+    config = engine_config(model="demo", load_format=load_format)
+    setup = Setup(config, load_config("demo"), model_directory("demo"), lambda *news: told.append(news))
+    made: list[str] = []
+    real = torch.empty
+
+    def empty(*size: Any, **named: Any) -> torch.Tensor:
+        made.append(torch.device(named["device"]).type)
+        return real(*size, **named)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    weights = weights_on(device, setup, torch.bfloat16)
+    assert weights.device.type == device
+    assert set(made) == {device}  # nothing on the way there
+    assert told[0] == ("load weights", 0.0)
+    assert told[-1] == ("load weights", 1.0)
+    assert told == sorted(told)
+    assert load_format == "dummy" or len(told) > 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

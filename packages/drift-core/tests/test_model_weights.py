@@ -163,6 +163,28 @@ def test_progress_goes_from_0_to_1(tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+def test_a_checkpoint_is_mapped_and_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path, checkpoint())
+    sources: list[Tensor] = []
+    real = Tensor.copy_
+
+    def copy(target: Tensor, source: Tensor, *rest: Any) -> Tensor:
+        sources.append(source)
+        return real(target, source, *rest)
+
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    load_weights(folder, CONFIG, torch.float32)
+    file = folder / "model.safetensors"
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    assert sources
+    for source in sources:
+        assert any(low <= source.data_ptr() < high for low, high in mapped)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_number_of_parameters(tied: bool) -> None:
     config = replace(CONFIG, tied_embeddings=tied)

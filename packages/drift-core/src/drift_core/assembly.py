@@ -42,6 +42,8 @@ from drift_scheduler.simulation.run import parse_choice
 
 log = logging.getLogger("drift.engine")
 
+LOAD_FORMATS = ("auto", "dummy")
+
 SPOT_TOLERANCE = 1.5
 """A kept profile whose times are off by more than this factor is measured again."""
 
@@ -99,8 +101,7 @@ def build_cpu(setup: Setup) -> CpuExecutor:
     ops = _ops(dtype)
     max_context = setup.max_context
     check_weights_fit(config.model, model.num_parameters * dtype.itemsize, available_bytes())
-    setup.progress("load weights", 0.0)
-    weights = _cpu_weights(setup, dtype)
+    weights = weights_on("cpu", setup, dtype)
     setup.progress("allocate KV", 0.0)
     plan = _plan(config, model, dtype, max_context)
     log.info(plan.describe())
@@ -109,14 +110,18 @@ def build_cpu(setup: Setup) -> CpuExecutor:
     return cpu_executor(decoder, cache, plan, affinity, seed=config.seed)
 
 
-def _cpu_weights(setup: Setup, dtype: torch.dtype) -> Weights:
+def weights_on(device: str, setup: Setup, dtype: torch.dtype) -> Weights:
+    """The model's weights on a device: of its checkpoint, mapped and copied tensor by tensor, or made up there."""
+
+    def tell(fraction: float) -> None:
+        setup.progress("load weights", fraction)
+
+    tell(0.0)
     if setup.config.load_format == "dummy":
-        return random_weights(setup.model, dtype, "cpu", setup.config.seed)
-    if setup.config.load_format != "auto":
-        raise UnknownNameError("load format", setup.config.load_format, ["auto", "dummy"])
-    return load_weights(
-        setup.directory, setup.model, dtype, "cpu", lambda fraction: setup.progress("load weights", fraction)
-    )
+        weights = random_weights(setup.model, dtype, device, setup.config.seed)
+        tell(1.0)
+        return weights
+    return load_weights(setup.directory, setup.model, dtype, device, tell)
 
 
 def cpu_executor(
@@ -190,6 +195,8 @@ def _build(
     config: EngineConfig, registry: plugins.Registry, progress: Progress
 ) -> tuple[Setup, ModelExecutor]:
     device = _device_kind(config.device, registry)
+    if config.load_format not in LOAD_FORMATS:
+        raise UnknownNameError("load format", config.load_format, LOAD_FORMATS)
     model = load_config(config.model, registry.of("model"))
     setup = Setup(config, model, model_directory(config.model), progress)
     executor: ModelExecutor = registry.create("executor", device, setup)

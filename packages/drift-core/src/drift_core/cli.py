@@ -24,6 +24,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--cores", type=click.IntRange(min=1), help="CPU cores to use; default: all allowed ones."
         ),
         click.option(
+            "--load-format",
+            type=click.Choice(("auto", "dummy")),
+            default="auto",
+            show_default=True,
+            help="auto reads the checkpoint, dummy makes random weights of its shape.",
+        ),
+        click.option(
             "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16."
         ),
         click.option(
@@ -58,6 +65,7 @@ def generate(
     model: str,
     device: str,
     dtype: str,
+    load_format: str,
     cores: int | None,
     prompts: tuple[str, ...],
     chat: bool,
@@ -74,7 +82,15 @@ def generate(
     params = SamplingParams(stop=stop or None, **sampling)
     with (
         _progress_bar() as progress,
-        LLM(model, device=device, dtype=dtype, cores=cores, dispatch=dispatch, progress=progress) as llm,
+        LLM(
+            model,
+            device=device,
+            dtype=dtype,
+            load_format=load_format,
+            cores=cores,
+            dispatch=dispatch,
+            progress=progress,
+        ) as llm,
     ):
         progress("", 1.0)
         if chat:
@@ -105,6 +121,7 @@ def profile(
     model: str,
     device: str,
     dtype: str,
+    load_format: str,
     cores: int | None,
     full: bool,
     max_running: int,
@@ -121,8 +138,9 @@ def profile(
     from drift_scheduler.cost.table import encode
 
     config = engine_config(
-        model=model, device=device, dtype=dtype, cores=cores, max_running=max_running, max_context=max_context
-    )
+        model=model, device=device, dtype=dtype, load_format=load_format, cores=cores, max_running=max_running,
+        max_context=max_context,
+    )  # fmt: skip
     with _progress_bar() as progress:
         table = measure_table(config, progress, full=full)
     for path in (out, json_path):

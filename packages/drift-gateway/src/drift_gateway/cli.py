@@ -122,6 +122,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     "--dtype", default="auto", show_default=True, metavar="NAME", help="auto, float32, bfloat16, float16."
 )
 @click.option(
+    "--load-format", type=click.Choice(("auto", "dummy")), default="auto", show_default=True,
+    help="auto reads the checkpoint, dummy makes random weights of its shape.",
+)  # fmt: skip
+@click.option(
     "--listen",
     default="127.0.0.1:50051",
     show_default=True,

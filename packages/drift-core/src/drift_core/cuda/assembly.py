@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from drift_core.assembly import Setup
+from drift_core.assembly import Setup, weights_on
 from drift_core.cuda.device import Partitions
 from drift_core.cuda.executor import CudaExecutor
 from drift_core.cuda.kernels import Shape, TritonKernels
@@ -21,7 +20,7 @@ from drift_core.kv import PagedKv, PoolPlan, plan_pool, pool_pages
 from drift_core.memory import check_weights_fit, readable
 from drift_core.model.config import ModelConfig
 from drift_core.model.decoder import Decoder, KvCache
-from drift_core.model.weights import DTYPES, Weights, load_weights, random_weights
+from drift_core.model.weights import DTYPES, Weights
 from drift_core.sequences import SequenceTable
 from drift_scheduler.domain import Device, Partition, Sharing
 from drift_scheduler.errors import DriftError, UnknownNameError
@@ -29,7 +28,6 @@ from drift_scheduler.errors import DriftError, UnknownNameError
 log = logging.getLogger("drift.engine")
 
 CUDA_DTYPES = ("bfloat16", "float16")
-LOAD_FORMATS = ("auto", "dummy")
 PREFILL_TOKENS = 8192
 MEMORY_SHARE = 0.92
 """Of what weights and reserve leave free, the share that KV may take."""
@@ -56,14 +54,7 @@ def build_cuda(setup: Setup) -> CudaExecutor:
     check_weights_fit(config.model, model.num_parameters * dtype.itemsize, accelerator.free_bytes())
     partitions = green_contexts_or_whole(accelerator)
     try:
-        setup.progress("load weights", 0.0)
-        weights = load(
-            setup.directory,
-            model,
-            dtype,
-            config.load_format,
-            lambda done: setup.progress("load weights", done),
-        )
+        weights = weights_on("cuda", setup, dtype)
         options = CudaOptions(
             config.page_tokens, config.max_running, setup.max_context, config.kv_memory_bytes,
             max(PREFILL_TOKENS, min(setup.max_context, 4 * PREFILL_TOKENS)), config.seed,
@@ -121,22 +112,6 @@ def cuda_device(accelerator: TorchCuda, partitions: Partitions, num_layers: int)
     if not any(entry.prefill and entry.decode for entry in menu):
         sharings -= {Sharing.SPATIAL}
     return Device(partitions.units, menu, num_layers, sharings, name=f"cuda: {accelerator.name}")
-
-
-def load(
-    directory: Path,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    load_format: str,
-    progress: object = None,
-) -> Weights:
-    """Weights on the device: of a checkpoint, mapped and copied tensor by tensor, or made up there ("dummy")."""
-    if load_format not in LOAD_FORMATS:
-        raise UnknownNameError("load format", load_format, LOAD_FORMATS)
-    tell = progress if callable(progress) else None
-    if load_format == "dummy":
-        return random_weights(model, dtype, "cuda")
-    return load_weights(directory, model, dtype, "cuda", tell)
 
 
 def plan_memory(
