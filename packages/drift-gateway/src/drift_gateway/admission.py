@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import uuid4
 
-import grpc
 import msgspec
 from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingError, SamplingParams
 from drift_core.tokenizer import Tokenizer
-from drift_gateway.refusal import Refusal, invalid, never_fits
+from drift_gateway.refusal import Reason, Refusal, invalid
 from drift_gateway.supervisor import Served
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_scheduler.domain import SLO
@@ -80,9 +79,7 @@ async def admit(request: pb.GenerateRequest, served: Served, arrival: float) -> 
     """Check and tokenise a request. Raises Refusal with the status and a line that names the field."""
     ready = served.ready
     if request.HasField("model") and request.model != ready.model:
-        raise Refusal(
-            grpc.StatusCode.NOT_FOUND, f"model '{request.model}' is not served here; '{ready.model}' is"
-        )
+        raise not_served(request.model, ready)
     request_id = _request_id(request)
     slo = _slo(request.slo, ready)
     priority = _within("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
@@ -90,12 +87,15 @@ async def admit(request: pb.GenerateRequest, served: Served, arrival: float) -> 
     sampling = _sampling(request, ready)
     prompt = await _prompt(request, served)
     if len(prompt) >= ready.max_context:
-        raise never_fits(
+        raise Refusal(
+            Reason.NEVER_FITS,
             f"the prompt has {len(prompt)} tokens and the model's context {ready.max_context}; "
-            "at least one must be left to generate"
+            "at least one must be left to generate",
         )
     if len(prompt) >= ready.kv_tokens:
-        raise never_fits(f"the prompt has {len(prompt)} tokens and the whole KV pool {ready.kv_tokens}")
+        raise Refusal(
+            Reason.NEVER_FITS, f"the prompt has {len(prompt)} tokens and the whole KV pool {ready.kv_tokens}"
+        )
     room = min(ready.max_context, ready.kv_tokens) - len(prompt)
     wanted = room if sampling.max_tokens is None else sampling.max_tokens
     tokens = min(wanted, room)
@@ -103,6 +103,13 @@ async def admit(request: pb.GenerateRequest, served: Served, arrival: float) -> 
         sampling, max_tokens=tokens, min_tokens=min(sampling.min_tokens, tokens)
     )
     return Admitted(request_id, prompt, sampling, slo, priority, arrival)
+
+
+def not_served(model: str, ready: Ready) -> Refusal:
+    """MODEL_NOT_FOUND, naming the model that is served."""
+    return Refusal(
+        Reason.MODEL_NOT_FOUND, f"model '{model}' is not served here; '{ready.model}' is", field="model"
+    )
 
 
 def _request_id(request: pb.GenerateRequest) -> str:
@@ -156,7 +163,8 @@ def _sampling(request: pb.GenerateRequest, ready: Ready) -> SamplingParams:
         sampling.validate(ready.vocab_size)
     except SamplingError as error:
         message = "stopping" if error.field in pb.Stopping.DESCRIPTOR.fields_by_name else "sampling"
-        raise Refusal(grpc.StatusCode.INVALID_ARGUMENT, f"{message}.{error}") from error
+        problem = str(error).removeprefix(f"{error.field} ")
+        raise invalid(f"{message}.{error.field}", problem) from error
     return sampling
 
 
@@ -177,8 +185,9 @@ async def _prompt(request: pb.GenerateRequest, served: Served) -> list[int]:
             messages, characters = _messages(request.chat)
             tokenizer = _tokenizer(served, "chat")
             if not tokenizer.has_chat_template:
-                raise never_fits(
-                    f"chat: model '{served.ready.model}' has no chat template; give text or token_ids"
+                raise Refusal(
+                    Reason.NO_CHAT_TEMPLATE,
+                    f"chat: model '{served.ready.model}' has no chat template; give text or token_ids",
                 )
             return await _tokenized("chat", characters, lambda: tokenizer.encode_chat(messages))
         case _:
@@ -187,7 +196,9 @@ async def _prompt(request: pb.GenerateRequest, served: Served) -> list[int]:
 
 def _tokenizer(served: Served, field: str) -> Tokenizer:
     if served.tokenizer is None:
-        raise never_fits(f"{field}: model '{served.ready.model}' has no tokenizer; give token_ids")
+        raise Refusal(
+            Reason.NO_TOKENIZER, f"{field}: model '{served.ready.model}' has no tokenizer; give token_ids"
+        )
     return served.tokenizer
 
 

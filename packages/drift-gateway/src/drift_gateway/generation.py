@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from uuid import uuid4
 
 import grpc
 
-from drift_core.link import EngineGone, Submission
+from drift_core.link import Submission
 from drift_core.tokenizer import IncrementalDetokenizer
 from drift_gateway.admission import Admitted, admit
 from drift_gateway.outputs import Output
-from drift_gateway.refusal import Refusal, exhausted, never_fits
+from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
 from drift_gateway.supervisor import Served, Supervisor
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
@@ -37,18 +36,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """One request's stream; see proto/drift_gateway/v1/generation.proto for what it promises."""
         arrival = time.monotonic()
-        try:
+        async with refusals_as_statuses(context):
             await self._generate(request, context, arrival)
-        except Refusal as refusal:
-            await context.abort(refusal.code, str(refusal))
-        except EngineGone as gone:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{gone}; try again")
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            incident = uuid4().hex[:12]
-            log.exception("internal error %s", incident)
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error; the log has it under {incident}")
 
     async def _generate(self, request: pb.GenerateRequest, context: Context, arrival: float) -> None:
         served = self._supervisor.serving()
@@ -67,8 +56,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def _check_room(self, served: Served, outputs: int) -> None:
         in_flight = served.client.in_flight
         if in_flight + outputs > self._max_in_flight:
-            raise exhausted(
-                f"{in_flight} outputs are in flight and at most {self._max_in_flight} are let in; try again later"
+            raise Refusal(
+                Reason.QUEUE_FULL,
+                f"{in_flight} outputs are in flight and at most {self._max_in_flight} are let in; try again later",
             )
 
 
@@ -81,7 +71,7 @@ async def _stream(served: Served, admitted: Admitted, submission: Submission, co
     while running:
         await submission.changed()
         if submission.lagging:
-            raise exhausted("the client reads too slowly; its tokens were piling up")
+            raise Refusal(Reason.SLOW_READER, "the client reads too slowly; its tokens were piling up")
         if not announced:
             await context.write(_accepted(served, admitted, submission))
             announced = True
@@ -110,7 +100,7 @@ def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.
     for request in submission.requests:
         end = request.finished
         if end is not None and end.reason == FinishReason.REJECTED.value:
-            raise never_fits(end.message or "the scheduler rejected the request")
+            raise Refusal(Reason.NEVER_FITS, end.message or "the scheduler rejected the request")
     accepted = pb.Accepted(
         request_id=admitted.request_id, model=served.ready.model, prompt_tokens=len(admitted.prompt)
     )

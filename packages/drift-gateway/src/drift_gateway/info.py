@@ -10,7 +10,7 @@ import grpc
 from drift_core.frames import Ready
 from drift_gateway import __version__
 from drift_gateway.outputs import wire_slo
-from drift_gateway.refusal import Refusal, invalid
+from drift_gateway.refusal import Refusal, abort, invalid
 from drift_gateway.supervisor import Served, State, Supervisor
 from drift_gateway.timeline import Stretch
 from drift_gateway.v1 import info_pb2 as pb
@@ -75,7 +75,7 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
         try:
             interval = _interval(request)
         except Refusal as refusal:
-            await context.abort(refusal.code, str(refusal))
+            await abort(context, refusal)
         watcher = self._supervisor.timeline.watch()
         while True:
             last = self._stopping.is_set()

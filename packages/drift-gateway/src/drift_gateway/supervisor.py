@@ -21,14 +21,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Final, Protocol
 
-import grpc
 import msgspec
 
 from drift_core.engine import EngineConfig
 from drift_core.frames import Ready, Starting, Submit
 from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
-from drift_gateway.refusal import Refusal, never_fits, unavailable
+from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.timeline import Timeline
 from drift_scheduler.errors import DriftError
 
@@ -112,9 +111,10 @@ class Quarantine:
     def check(self, fingerprint: bytes) -> None:
         """Raises Refusal for one that was inside at too many crashes."""
         if self._crashes.get(fingerprint, 0) >= CRASHES_TO_QUARANTINE:
-            raise never_fits(
+            raise Refusal(
+                Reason.QUARANTINED,
                 f"this request was in the engine at {CRASHES_TO_QUARANTINE} crashes and is quarantined until the "
-                "server is started anew"
+                "server is started anew",
             )
 
 
@@ -204,11 +204,13 @@ class Supervisor:
         detail = f" ({self.phase.phase}, {self.phase.fraction:.0%})" if self.phase is not None else ""
         match self.state:
             case State.STOPPING:
-                raise unavailable("the server is stopping")
+                raise Refusal(Reason.DRAINING, "the server is stopping")
             case State.RESTARTING:
-                raise unavailable(f"the engine crashed and is being started again{detail}; try again")
+                raise Refusal(
+                    Reason.WORKER_RESTART, f"the engine crashed and is being started again{detail}; try again"
+                )
             case _:
-                raise unavailable(f"the server is starting{detail}; try again")
+                raise Refusal(Reason.STARTING, f"the server is starting{detail}; try again")
 
     def submit(self, served: Served, frames: Sequence[Submit]) -> Submission:
         """Send one request's frames to the engine. Raises Refusal on a quarantined request or a lost engine."""
@@ -217,9 +219,9 @@ class Supervisor:
         try:
             submission = served.client.submit(frames)
         except EngineGone as error:
-            raise unavailable(f"{error}; try again") from error
+            raise refusal_of(error) from error
         except ValueError as error:
-            raise Refusal(grpc.StatusCode.ALREADY_EXISTS, str(error)) from error
+            raise Refusal(Reason.REQUEST_ID_IN_USE, str(error)) from error
         for frame in frames:
             self._fingerprints[frame.id] = fingerprint
         return submission
