@@ -12,8 +12,9 @@ import torch
 from click.testing import CliRunner
 
 from drift_core import assembly, profile_cache
-from drift_core.assembly import Setup, cpu_executor
+from drift_core.assembly import cpu_executor
 from drift_core.cli import profile as profile_command
+from drift_core.composition import Setup
 from drift_core.engine import engine_config
 from drift_core.executor import CpuExecutor
 from drift_core.kv import PoolPlan

@@ -329,3 +329,19 @@ def test_blocks_of_a_batch_run_in_layer_order_and_gain_no_requests() -> None:
     with pytest.raises(AssertionError, match="joined"):
         go(block("abc", 3, 4))
     go(block("a", 3, 4))
+
+
+def test_a_clock_from_outside_finds_everything_that_happened_until_then() -> None:
+    executor = SimulatedExecutor(DEVICE, Costs(), ())
+    assert executor.due is None
+    assert executor.elapse(5.0) == []
+    block = PrefillBlock(0, (PrefillChunk("a", 0, 8),), 0, 4)
+    executor.submit(Gang(Sharing.TEMPORAL, WHOLE, block, DecodeStep(("b",), 1)))
+    assert executor.due == pytest.approx(5.4)
+    assert executor.elapse(5.3) == []
+    decode, prefill = executor.elapse(9.0)  # the prefill began at 5.4, when the decode ended
+    assert isinstance(decode, DecodeDone)
+    assert isinstance(prefill, PrefillDone)
+    assert (decode.seconds, prefill.seconds) == (pytest.approx(0.4), pytest.approx(1.2))
+    assert executor.now() == 9.0
+    assert executor.due is None

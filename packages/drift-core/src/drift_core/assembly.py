@@ -1,95 +1,40 @@
-"""From an EngineConfig to a started engine: names to objects, then the model, the pool, the profile, a warm-up.
+"""The CPU executor from an EngineConfig: weights, KV pool, cores; and the cost tables of executors that are measured.
 
-What can be wrong with the configuration is found first, before anything large is loaded. Knows nothing of
-sockets or clients.
+Knows nothing of sockets, clients or policies; `drift_core.composition` puts the engine together.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from drift_core import profile, profile_cache
-from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress
+from drift_core.composition import Setup, build_executor, installed_registry
+from drift_core.engine import EngineConfig, ModelExecutor, Progress
 from drift_core.executor import CpuExecutor
 from drift_core.kv import PagedKv, PoolPlan, plan_pool, pool_pages
 from drift_core.lanes import Pin
 from drift_core.memory import available_bytes, check_weights_fit, kv_budget, readable
-from drift_core.model.config import ModelConfig, load_config, model_directory
+from drift_core.model.config import ModelConfig
 from drift_core.model.decoder import Decoder, KvCache
 from drift_core.model.weights import DTYPES, Weights, load_weights, random_weights
 from drift_core.sequences import SequenceTable
 from drift_kernels.affinity import CpuAffinity
 from drift_kernels.ops import Ops, select_ops
-from drift_scheduler import plugins
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.hardware import ModelSpec, device_spec
 from drift_scheduler.cost.roofline import RooflineCost
-from drift_scheduler.cost.table import CostTable, read_table
-from drift_scheduler.decision_log import DecisionLog
+from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import DIVIDING, Device, Lane, Partition, Sharing
 from drift_scheduler.errors import DriftError, UnknownNameError
 from drift_scheduler.protocols import CostModel
-from drift_scheduler.scheduler import Limits, Scheduler
-from drift_scheduler.simulation.run import parse_choice
 
 log = logging.getLogger("drift.engine")
 
-LOAD_FORMATS = ("auto", "dummy")
-
 SPOT_TOLERANCE = 1.5
 """A kept profile whose times are off by more than this factor is measured again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What is settled before the model is loaded; executor factories (hook `drift_executors`) get it."""
-
-    config: EngineConfig
-    model: ModelConfig
-    directory: Path
-    progress: Progress
-
-    @property
-    def max_context(self) -> int:
-        """Tokens one request may have. Raises DriftError when more is asked for than the model has."""
-        wanted, most = self.config.max_context, self.model.max_context
-        if wanted is not None and wanted > most:
-            raise DriftError(
-                f"max_context {wanted} is more than the {most} tokens that {self.config.model} was made for"
-            )
-        return most if wanted is None else wanted
-
-
-def assemble(config: EngineConfig, progress: Progress) -> Engine:
-    """Build and warm up everything. Raises DriftError on the first thing that is wrong."""
-    registry = _registry()
-    dispatch = _policy(registry, "dispatch policy", config.dispatch, config.dispatch_options)
-    partitions = _policy(registry, "partition policy", config.partition, config.partition_options)
-    given = _given_costs(config, registry)
-    setup, executor = _build(config, registry, progress)
-    try:
-        costs = given if given is not None else _measured_costs(setup, executor)
-        progress("warm up", 0.0)
-        executor.warm_up()
-        settings: dict[str, Any] = msgspec.to_builtins(config)
-        limits = Limits(max_running=config.max_running, max_context_tokens=executor.plan.max_context)
-        scheduler = Scheduler(
-            executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
-        )
-        observers = registry.observers(settings)
-        decisions = DecisionLog(config.log, scheduler, settings) if config.log else None
-        return Engine(config, setup.model, setup.directory, executor, scheduler, observers, decisions)
-    except BaseException:
-        executor.close()
-        raise
 
 
 def build_cpu(setup: Setup) -> CpuExecutor:
@@ -162,8 +107,8 @@ def pin_with(affinity: CpuAffinity) -> Pin:
 
 def measure_table(config: EngineConfig, progress: Progress, *, full: bool) -> CostTable:
     """Load what `config` names and profile it, without serving. Raises DriftError."""
-    registry = _registry()
-    setup, executor = _build(config, registry, progress)
+    registry = installed_registry()
+    setup, executor = build_executor(config, registry, progress)
     try:
         return _measure(setup, executor, full=full)
     finally:
@@ -177,32 +122,6 @@ def _pin_nowhere(lane: Lane, partition: Partition) -> None:
 # ---------------------------------------------------------------------------------------------- choices
 
 
-def _registry() -> plugins.Registry:
-    """What is installed; a plugin that cannot be loaded does not keep the engine from starting without it."""
-    registry = plugins.load(strict=False)
-    for problem in registry.problems:
-        log.warning("left out: %s", problem)
-    return registry
-
-
-def _policy(registry: plugins.Registry, kind: str, choice: str, options: Mapping[str, Any]) -> Any:
-    """A policy from `NAME` or `NAME:option=value:...`, and further options."""
-    name, written = parse_choice(choice)
-    return registry.create(kind, name, **(written | dict(options)))
-
-
-def _build(
-    config: EngineConfig, registry: plugins.Registry, progress: Progress
-) -> tuple[Setup, ModelExecutor]:
-    device = _device_kind(config.device, registry)
-    if config.load_format not in LOAD_FORMATS:
-        raise UnknownNameError("load format", config.load_format, LOAD_FORMATS)
-    model = load_config(config.model, registry.of("model"))
-    setup = Setup(config, model, model_directory(config.model), progress)
-    executor: ModelExecutor = registry.create("executor", device, setup)
-    return setup, executor
-
-
 def _measure(setup: Setup, executor: ModelExecutor, *, full: bool) -> CostTable:
     running = setup.config.max_running
     own = getattr(executor, "plan_grid", None)  # of executors whose devices are nothing like CPU cores
@@ -214,16 +133,6 @@ def _measure(setup: Setup, executor: ModelExecutor, *, full: bool) -> CostTable:
         )
     setup.progress("profile", 0.0)
     return executor.profile(grid, setup.config.model, lambda fraction: setup.progress("profile", fraction))
-
-
-def _device_kind(wanted: str, registry: plugins.Registry) -> str:
-    """The executor's name: the accelerator where "auto" finds one that an executor is installed for."""
-    installed = registry.of("executor")
-    if wanted == "auto":
-        return "cuda" if "cuda" in installed and torch.cuda.is_available() else "cpu"
-    if wanted not in installed:
-        raise UnknownNameError("device", wanted, ["auto", *installed])
-    return wanted
 
 
 def _affinity(cores: int | None) -> CpuAffinity:
@@ -261,17 +170,8 @@ def _plan(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_cont
     return plan_pool(budget, page, config.page_tokens, max_context)
 
 
-def _given_costs(config: EngineConfig, registry: plugins.Registry) -> CostModel | None:
-    """The cost model of the configuration, where it does not have to be measured."""
-    if config.cost != "auto":
-        costs: CostModel = registry.create("cost model", config.cost, **config.cost_options)
-        return costs
-    if config.profile in ("short", "none"):
-        return None
-    return FittedCost(read_table(config.profile))
-
-
-def _measured_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
+def measured_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
+    """A fit of the short profile, or without one an estimate. Raises DriftError."""
     if setup.config.profile == "none":
         return _estimated_costs(setup, executor)
     return FittedCost(_table(setup, executor))

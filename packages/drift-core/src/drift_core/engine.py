@@ -24,8 +24,8 @@ from drift_scheduler.loop import serve
 from drift_scheduler.protocols import Executor, KvPool
 
 if TYPE_CHECKING:
-    from drift_core.executor import LanesNow
     from drift_core.kv import PoolPlan
+    from drift_core.lanes_now import LanesNow
     from drift_core.model.config import ModelConfig
     from drift_core.profile import Grid
     from drift_scheduler.cost.table import CostTable
@@ -47,7 +47,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     installed cost model. `profile`: "short" measures at start (or takes the cached table of an earlier start),
     "none" does not, anything else is the path of a table that `drift profile` wrote. `log`: path of a decision
     log. `cores`: how many CPU cores to use, all allowed ones when not given. `load_format`: "auto" reads the
-    checkpoint, "dummy" makes random weights of its shape. Times are seconds.
+    checkpoint, "dummy" makes random weights of its shape. `simulate`: what the device "simulated" pretends to be,
+    "DEVICE/MODEL" or "step_ms=10" (see `drift_core.simulated`). Times are seconds.
     """
 
     model: str
@@ -70,6 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     log: str | None = None
     cores: Annotated[int, msgspec.Meta(ge=1)] | None = None
     load_format: str = "auto"
+    simulate: str | None = None
 
 
 def engine_config(**fields: Any) -> EngineConfig:
@@ -146,7 +148,7 @@ class Engine:
         warning = prepare_process()  # before torch loads
         if warning is not None:
             log.warning(warning)
-        from drift_core.assembly import assemble
+        from drift_core.composition import assemble
 
         return assemble(config, progress)
 
@@ -164,7 +166,7 @@ class Engine:
             pid=pid,
             vocab_size=self.model.vocab_size,
             max_context=self.max_context,
-            num_layers=self.model.num_layers,
+            num_layers=device.num_layers,
             dtype=self.executor.dtype,
             device=device.name,
             units=device.total_units,

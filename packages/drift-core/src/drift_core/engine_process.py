@@ -12,7 +12,6 @@ import time
 from typing import NoReturn
 
 from drift_core.engine import Engine, EngineConfig
-from drift_core.executor import LanesNow
 from drift_core.frames import (
     AcceptedItem,
     Cancel,
@@ -27,6 +26,7 @@ from drift_core.frames import (
     TokenLogprob,
     TokensItem,
 )
+from drift_core.lanes_now import LanesNow
 from drift_core.link import EngineLink
 from drift_scheduler.domain import Accepted, Finished, FinishReason, Step, Tokens
 from drift_scheduler.errors import DriftError

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ import torch
 from drift_core.batches import Batch, BatchBuilder
 from drift_core.kv import PagedKv, PoolPlan
 from drift_core.lanes import Job, LaneThread, Pin
+from drift_core.lanes_now import IDLE, LanesNow
 from drift_core.model.decoder import Decoder, KvCache
 from drift_core.profile import Grid, measure, warm_up
 from drift_core.sampler import SamplerState, sample
@@ -42,18 +43,6 @@ from drift_scheduler.domain import (
     RequestArrived,
     Sharing,
 )
-
-
-class LanesNow(NamedTuple):
-    """What is in the lanes: the split and sharing in force (`None` when idle) and the requests in each lane."""
-
-    partition: Partition | None
-    sharing: Sharing | None
-    prefill_requests: int
-    decode_requests: int
-
-
-IDLE = LanesNow(None, None, 0, 0)
 
 _SEED_STRIDE = 1 << 40  # engines of different seeds give their requests different ones
 

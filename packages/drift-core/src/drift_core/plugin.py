@@ -1,4 +1,4 @@
-"""What drift-core registers: commands, model architectures, the CPU executor and the partition mechanisms.
+"""What drift-core registers: commands, model architectures, executors and the partition mechanisms.
 
 Loaded by every `drift` command, so everything heavy is imported by the factories and not here.
 """
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from drift_scheduler.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from drift_core.assembly import Setup
+    from drift_core.composition import Setup
     from drift_core.cuda.executor import CudaExecutor
     from drift_core.executor import CpuExecutor
+    from drift_core.simulated import RealTimeExecutor
     from drift_kernels.affinity import CpuAffinity
     from drift_kernels.green_contexts import GreenContexts
     from drift_kernels.streams_only import StreamsOnly
@@ -38,7 +39,7 @@ def drift_models() -> Mapping[str, Callable[..., Any]]:
 @hookimpl
 def drift_executors() -> Mapping[str, Callable[..., Any]]:
     """Device kind -> `(Setup) -> executor`."""
-    return {"cpu": _cpu, "cuda": _cuda}
+    return {"cpu": _cpu, "cuda": _cuda, "simulated": _simulated}
 
 
 @hookimpl
@@ -57,6 +58,12 @@ def _cuda(setup: Setup) -> CudaExecutor:
     from drift_core.cuda.assembly import build_cuda
 
     return build_cuda(setup)
+
+
+def _simulated(setup: Setup) -> RealTimeExecutor:
+    from drift_core.simulated import build_simulated
+
+    return build_simulated(setup)
 
 
 def _affinity(device: int | None = None) -> CpuAffinity:

@@ -119,6 +119,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or simulated."
 )
 @click.option(
+    "--simulate", metavar="SPEC",
+    help="What --device simulated pretends to be: DEVICE/MODEL as h200/llama-3.1-8b, or step_ms=10[:token_us=10].",
+)  # fmt: skip
+@click.option(
     "--dtype", default="auto", show_default=True, metavar="NAME", help="auto, float32, bfloat16, float16."
 )
 @click.option(

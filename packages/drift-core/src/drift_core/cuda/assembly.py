@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from drift_core.assembly import Setup, weights_on
+from drift_core.assembly import weights_on
+from drift_core.composition import Setup
 from drift_core.cuda.device import Partitions
 from drift_core.cuda.executor import CudaExecutor
 from drift_core.cuda.kernels import Shape, TritonKernels

@@ -30,8 +30,8 @@ from drift_core.cuda.kernels import Kernels
 from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane, Sampled
 from drift_core.cuda.order import Mark, Order
 from drift_core.cuda.passes import Model
-from drift_core.executor import IDLE, LanesNow
 from drift_core.kv import PagedKv, PoolPlan
+from drift_core.lanes_now import IDLE, LanesNow
 from drift_core.model.config import ModelConfig
 from drift_core.model.decoder import Decoder, KvCache
 from drift_core.profile import Grid

@@ -140,7 +140,7 @@ class SimulatedExecutor:
 
     def wait(self, until: float | None) -> Sequence[Event] | None:
         """Jump to the next event, or to `until` if that comes first, and return what happens there (maybe nothing)."""
-        due = self._next_time()
+        due = self.due
         if due is None:
             if until is None or self._idle_wakes >= PATIENCE:
                 return None
@@ -148,14 +148,31 @@ class SimulatedExecutor:
             self._now = max(self._now, until)
             return ()
         self._idle_wakes = 0
-        due = max(due, self._host_free)
-        if not self._overheads.polling and self._prefill is not None:
-            due = max(due, self._prefill.end)
         if until is not None and until < due:
             self._advance(max(self._now, until))
             return ()
         self._advance(max(self._now, due))
         return self._events_now()
+
+    @property
+    def due(self) -> float | None:
+        """When something is noticed next; `None` when nothing runs or is to come."""
+        due = self._next_time()
+        if due is None:
+            return None
+        due = max(due, self._host_free)
+        if not self._overheads.polling and self._prefill is not None:
+            due = max(due, self._prefill.end)
+        return due
+
+    def elapse(self, now: float) -> list[Event]:
+        """Set the clock to `now` and return everything that happened until then: for those who have a clock of their own."""
+        events = list[Event]()
+        while (due := self.due) is not None and due <= now:
+            self._advance(max(self._now, due))
+            events += self._events_now()
+        self._advance(max(self._now, now))
+        return events
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """These requests ended."""

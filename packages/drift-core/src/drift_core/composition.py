@@ -1,0 +1,134 @@
+"""From an EngineConfig to a started engine: names to objects, the executor with its model and pool, costs, a warm-up.
+
+What can be wrong with the configuration is found first, before anything large is loaded. Imports no torch itself:
+that is the executors' business, and not every one of them needs it. Knows nothing of sockets or clients.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress
+from drift_core.model.config import ModelConfig, load_config, model_directory
+from drift_scheduler import plugins
+from drift_scheduler.cost.fitted import FittedCost
+from drift_scheduler.cost.table import read_table
+from drift_scheduler.decision_log import DecisionLog
+from drift_scheduler.errors import DriftError, UnknownNameError
+from drift_scheduler.protocols import CostModel
+from drift_scheduler.scheduler import Limits, Scheduler
+from drift_scheduler.simulation.run import parse_choice
+
+log = logging.getLogger("drift.engine")
+
+LOAD_FORMATS: Final = ("auto", "dummy")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is settled before the model is loaded; executor factories (hook `drift_executors`) get it."""
+
+    config: EngineConfig
+    model: ModelConfig
+    directory: Path
+    progress: Progress
+
+    @property
+    def max_context(self) -> int:
+        """Tokens one request may have. Raises DriftError when more is asked for than the model has."""
+        wanted, most = self.config.max_context, self.model.max_context
+        if wanted is not None and wanted > most:
+            raise DriftError(
+                f"max_context {wanted} is more than the {most} tokens that {self.config.model} was made for"
+            )
+        return most if wanted is None else wanted
+
+
+def assemble(config: EngineConfig, progress: Progress) -> Engine:
+    """Build and warm up everything. Raises DriftError on the first thing that is wrong."""
+    registry = installed_registry()
+    dispatch = policy(registry, "dispatch policy", config.dispatch, config.dispatch_options)
+    partitions = policy(registry, "partition policy", config.partition, config.partition_options)
+    given = _given_costs(config, registry)
+    setup, executor = build_executor(config, registry, progress)
+    try:
+        costs = given if given is not None else _own_costs(setup, executor)
+        progress("warm up", 0.0)
+        executor.warm_up()
+        settings: dict[str, Any] = msgspec.to_builtins(config)
+        limits = Limits(max_running=config.max_running, max_context_tokens=executor.plan.max_context)
+        scheduler = Scheduler(
+            executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
+        )
+        observers = registry.observers(settings)
+        decisions = DecisionLog(config.log, scheduler, settings) if config.log else None
+        return Engine(config, setup.model, setup.directory, executor, scheduler, observers, decisions)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def build_executor(
+    config: EngineConfig, registry: plugins.Registry, progress: Progress
+) -> tuple[Setup, ModelExecutor]:
+    """The executor that the configuration names, and what it was built from. Raises DriftError."""
+    device = _device_kind(config.device, registry)
+    if config.load_format not in LOAD_FORMATS:
+        raise UnknownNameError("load format", config.load_format, LOAD_FORMATS)
+    model = load_config(config.model, registry.of("model"))
+    setup = Setup(config, model, model_directory(config.model), progress)
+    executor: ModelExecutor = registry.create("executor", device, setup)
+    return setup, executor
+
+
+def installed_registry() -> plugins.Registry:
+    """What is installed; a plugin that cannot be loaded does not keep the engine from starting without it."""
+    registry = plugins.load(strict=False)
+    for problem in registry.problems:
+        log.warning("left out: %s", problem)
+    return registry
+
+
+def policy(registry: plugins.Registry, kind: str, choice: str, options: Mapping[str, Any]) -> Any:
+    """A policy from `NAME` or `NAME:option=value:...`, and further options."""
+    name, written = parse_choice(choice)
+    return registry.create(kind, name, **(written | dict(options)))
+
+
+def _device_kind(wanted: str, registry: plugins.Registry) -> str:
+    """The executor's name: the accelerator where "auto" finds one that an executor is installed for."""
+    installed = registry.of("executor")
+    if wanted == "auto":
+        import torch
+
+        return "cuda" if "cuda" in installed and torch.cuda.is_available() else "cpu"
+    if wanted not in installed:
+        raise UnknownNameError("device", wanted, ["auto", *installed])
+    return wanted
+
+
+def _given_costs(config: EngineConfig, registry: plugins.Registry) -> CostModel | None:
+    """The cost model of the configuration, where it does not have to be measured."""
+    if config.cost != "auto":
+        costs: CostModel = registry.create("cost model", config.cost, **config.cost_options)
+        return costs
+    if config.profile in ("short", "none"):
+        return None
+    return FittedCost(read_table(config.profile))
+
+
+def _own_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
+    """What an executor says of itself, where it knows without measuring; else what is measured."""
+    costs: CostModel | None = getattr(executor, "costs", None)
+    if costs is not None:
+        return costs
+    from drift_core.assembly import measured_costs
+
+    return measured_costs(setup, executor)

@@ -1,0 +1,413 @@
+"""An engine without a model: the simulator's cost model run in real time behind the engine's real process and link.
+
+`drift serve --device simulated --simulate h200/llama-3.1-8b` takes as long as that device is estimated to take with
+that model; `--simulate step_ms=10` takes ten milliseconds per decode step. The scheduler, the policies, the KV
+pages, their reuse and the tokenizer are the real ones; tokens are drawn by `token_ids` and mean nothing. Loads no
+torch. Knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import compress
+from typing import TYPE_CHECKING, Final
+
+from drift_core.frames import TokenLogprob
+from drift_core.kv import PagedKv, PoolPlan, plan_pool
+from drift_core.lanes_now import IDLE, LanesNow
+from drift_core.sampling_params import SamplingParams
+from drift_scheduler.cost.contention import Contended
+from drift_scheduler.cost.fitted import FittedCost
+from drift_scheduler.cost.hardware import device_spec, kv_tokens, model_spec, simulated_device
+from drift_scheduler.cost.launch import Launched, innermost
+from drift_scheduler.cost.roofline import RooflineCost
+from drift_scheduler.cost.table import table_name
+from drift_scheduler.domain import (
+    DecodeDone,
+    DecodeShape,
+    Device,
+    Event,
+    Gang,
+    Observation,
+    Partition,
+    PrefillBlock,
+    PrefillDone,
+    PrefillShape,
+    Request,
+    RequestArrived,
+    Sharing,
+)
+from drift_scheduler.errors import DriftError, OptionError
+from drift_scheduler.protocols import CostModel
+from drift_scheduler.simulation.executor import Overheads, SimulatedExecutor
+
+if TYPE_CHECKING:
+    from drift_core.composition import Setup
+    from drift_core.profile import Grid
+    from drift_scheduler.cost.table import CostTable
+
+DEFAULT: Final = "h200/llama-3.1-8b"
+
+FIXED_UNITS: Final = 8
+FIXED_LAYERS: Final = 8
+FIXED_CONTEXT: Final = 32768
+FIXED_BYTES_PER_TOKEN: Final = 1024
+FIXED_POOL_TOKENS: Final = 1 << 20
+
+_MULTIPLIER: Final = 6364136223846793005  # Knuth's MMIX
+_INCREMENT: Final = 1442695040888963407
+_MASK: Final = (1 << 64) - 1
+
+
+# ----------------------------------------------------------------------------------------------- tokens
+
+
+def token_ids(prompt: Sequence[int], seed: int | None, choices: Sequence[int]) -> Iterator[int]:
+    """The tokens that a simulated engine generates after `prompt`, without end: drawn from `choices`, the same again
+    for the same prompt and seed, whatever runs beside. A client can check with it what it received.
+    """
+    content = array("q", prompt).tobytes() + (seed or 0).to_bytes(16, "little", signed=True)
+    state = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
+    count = len(choices)
+    while True:
+        state = (state * _MULTIPLIER + _INCREMENT) & _MASK
+        yield choices[(state >> 33) % count]
+
+
+def token_choices(vocab_size: int, eos_token_ids: Sequence[int]) -> list[int]:
+    """What `token_ids` draws from: all but the tokens that end a text, so that outputs have the length asked for."""
+    ends = set(eos_token_ids)
+    return [token for token in range(vocab_size) if token not in ends]
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """One request: `tokens` holds the prompt and everything generated so far."""
+
+    tokens: array[int]
+    source: Iterator[int]
+    stops: frozenset[int]
+    earliest_stop: int  # tokens, prompt included, before which no stop token ends it
+    logprobs: bool
+
+    def advance(self) -> tuple[int, bool]:
+        """The next token, and whether it ends the output."""
+        token = next(self.source)
+        self.tokens.append(token)
+        return token, bool(self.stops) and token in self.stops and len(self.tokens) > self.earliest_stop
+
+
+class SimulatedTokens:
+    """The tokens of every request the executor knows, by id."""
+
+    def __init__(self, choices: Sequence[int]) -> None:
+        self._choices = choices
+        self._logprob = -math.log(len(choices))
+        self._sequences: dict[str, _Sequence] = {}
+
+    def __getitem__(self, request_id: str) -> _Sequence:
+        return self._sequences[request_id]
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        """Remember a request. Raises DriftError when the id is in use."""
+        if request_id in self._sequences:
+            raise DriftError(f"request id '{request_id}' is in use")
+        self._sequences[request_id] = _Sequence(
+            array("q", prompt),
+            token_ids(prompt, sampling.seed, self._choices),
+            frozenset(sampling.stop_token_ids or ()),
+            len(prompt) + sampling.min_tokens,
+            sampling.logprobs is not None,
+        )
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; unknown ids are no fault."""
+        for request_id in request_ids:
+            self._sequences.pop(request_id, None)
+
+    def tokens_of(self, request_id: str) -> Sequence[int]:
+        """The known tokens of a request, for the KV pool's page hashes."""
+        return self._sequences[request_id].tokens
+
+    def draw(
+        self, ids: Sequence[str], sequences: Sequence[_Sequence]
+    ) -> tuple[list[int], tuple[str, ...], dict[str, TokenLogprob] | None]:
+        """One token each; the ids of those it ends; log probabilities for those that asked."""
+        drawn = [sequence.advance() for sequence in sequences]
+        tokens = [token for token, _ in drawn]
+        details = {
+            request_id: TokenLogprob(self._logprob, [(token, self._logprob)])
+            for request_id, sequence, token in zip(ids, sequences, tokens, strict=True)
+            if sequence.logprobs
+        }
+        return tokens, tuple(compress(ids, (stopped for _, stopped in drawn))), details or None
+
+
+# --------------------------------------------------------------------------------------------- executor
+
+
+class RealTimeExecutor:
+    """Implements `drift_core.engine.ModelExecutor`: a `SimulatedExecutor` held to the monotonic clock.
+
+    `post`, `arrive` and `shut_down` may be called from any thread, everything else from the engine's alone. A step
+    is launched when the engine launches it, so that what the host takes between steps comes on top, as on a device.
+    """
+
+    dtype = "none"
+
+    def __init__(
+        self, subject: Subject, kv: PagedKv, plan: PoolPlan, tokens: SimulatedTokens, seed: int = 0
+    ) -> None:
+        self.kv = kv
+        self.plan = plan
+        self.costs = subject.costs
+        self._tokens = tokens
+        self._inner = SimulatedExecutor(
+            subject.device, subject.truth, (), overheads=subject.overheads, seed=seed
+        )
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._prefill: tuple[tuple[str, ...], list[_Sequence]] = ((), [])
+        self._decode: tuple[tuple[str, ...], list[_Sequence]] = ((), [])
+        self._running: Gang | None = None
+        self._sizes = {"prefill": 0, "decode": 0}
+
+    @property
+    def device(self) -> Device:
+        """What it offers."""
+        return self._inner.device
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Nothing is measured, so nothing is kept."""
+        return (self.device,)
+
+    def now(self) -> float:
+        """Seconds on the monotonic clock, which processes of one machine share."""
+        return time.monotonic()
+
+    def arrive(self, request: Request, sampling: SamplingParams) -> None:
+        """Queue a request with its prompt. Raises DriftError when its id is in use."""
+        assert request.prompt is not None, f"request '{request.id}' has no prompt"
+        self._tokens.add(request.id, request.prompt, sampling)
+        self.post(RequestArrived(request))
+
+    def post(self, event: Event) -> None:
+        """Queue an event for the next `wait`."""
+        self._inbox.put(event)
+
+    def shut_down(self) -> None:
+        """Make `wait` return `None`."""
+        self._inbox.put(None)
+
+    def wait(self, until: float | None) -> Sequence[Event] | None:
+        """Block until the device has news, somebody posts some, or the clock reaches `until`."""
+        due = self._inner.due
+        if due is None or (until is not None and until < due):
+            due = until
+        arrived: list[Event] = []
+        try:
+            event = self._inbox.get(timeout=None if due is None else max(due - self.now(), 0.0))
+            while event is not None:
+                arrived.append(event)
+                event = self._inbox.get_nowait()
+            return None
+        except queue.Empty:
+            return [self._with_tokens(event) for event in self._inner.elapse(self.now())] + arrived
+
+    def submit(self, gang: Gang) -> None:
+        """Start a gang on the simulated device."""
+        late = self._inner.elapse(self.now())
+        self._inner.submit(gang)
+        for event in late:  # it ended while the scheduler thought
+            self._inbox.put(self._with_tokens(event))
+        self._running = gang
+        if gang.prefill is not None:
+            self._prefill = self._members(self._sampled(gang.prefill))
+            self._sizes["prefill"] = len(gang.prefill.chunks)
+        if gang.decode is not None:
+            self._decode = self._members(gang.decode.request_ids)
+            self._sizes["decode"] = len(gang.decode.request_ids)
+
+    def forget(self, request_ids: Sequence[str]) -> None:
+        """These requests ended."""
+        self._tokens.forget(request_ids)
+        self._inner.forget(request_ids)
+
+    def lanes_now(self) -> LanesNow:
+        """What the lanes do, for people who watch."""
+        running, sizes = self._running, self._sizes
+        if running is None or not (sizes["prefill"] or sizes["decode"]):
+            return IDLE
+        return LanesNow(running.partition, running.sharing, sizes["prefill"], sizes["decode"])
+
+    def profile(self, grid: Grid, model: str, progress: Callable[[float], None]) -> CostTable:
+        """Raises DriftError: there is nothing to measure."""
+        raise DriftError("a simulated device has nothing to measure; its times are those of --simulate")
+
+    def warm_up(self) -> None:
+        """Nothing is cold."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _sampled(self, block: PrefillBlock) -> tuple[str, ...]:
+        """Requests that get a token when the block is done."""
+        if block.layer_stop < self.device.num_layers:
+            return ()
+        return tuple(chunk.request_id for chunk in block.chunks if chunk.last)
+
+    def _members(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], list[_Sequence]]:
+        """Taken when work is launched: a request may be forgotten while it runs."""
+        if ids is self._decode[0]:
+            return self._decode
+        return ids, [self._tokens[request_id] for request_id in ids]
+
+    def _with_tokens(self, event: Event) -> Event:
+        match event:
+            case PrefillDone(seconds):
+                self._sizes["prefill"] = 0
+                tokens, stopped, details = self._tokens.draw(*self._prefill)
+                return PrefillDone(seconds, tokens, stopped, details)
+            case DecodeDone(seconds):
+                self._sizes["decode"] = 0
+                tokens, stopped, details = self._tokens.draw(*self._decode)
+                return DecodeDone(seconds, tokens, stopped, details)
+            case _:
+                return event
+
+
+# --------------------------------------------------------------------------------------- what is simulated
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is simulated: a device, what it does (`truth`), what the scheduler believes, and the room for KV."""
+
+    device: Device
+    truth: CostModel
+    costs: CostModel
+    overheads: Overheads
+    max_context: int
+    kv_tokens: int
+    bytes_per_token: int
+
+
+def parse_subject(text: str) -> Subject:
+    """From "DEVICE/MODEL" or "step_ms=10[:token_us=10]". Raises DriftError naming what is wrong."""
+    if "=" in text:
+        return _fixed(text)
+    device, slash, model = text.rpartition("/")
+    if not slash or not device or not model:
+        raise OptionError(
+            f"simulate is '{text}'; give DEVICE/MODEL as {DEFAULT}, or a fixed step as step_ms=10"
+        )
+    return _described(device, model)
+
+
+class FixedCost:
+    """A decode step of a fixed time, whatever is in it and beside it; a prefill takes a step and so much per token, in
+    proportion longer on fewer units than all."""
+
+    def __init__(self, step_seconds: float, token_seconds: float, units: int) -> None:
+        self._step = step_seconds
+        self._token = token_seconds
+        self._units = units
+
+    def prefill(self, work: PrefillShape, units: int) -> float:
+        """A step and the tokens."""
+        return (self._step + self._token * work.new_tokens) * self._units / units
+
+    def decode(self, work: DecodeShape, units: int) -> float:
+        """A step."""
+        return self._step
+
+    def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
+        """A step and the prefill's tokens."""
+        return self._step + self._token * prefill.new_tokens
+
+    def slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
+        """None."""
+        return 1.0, 1.0
+
+    def observe(self, observation: Observation) -> None:
+        """Nothing to learn."""
+
+
+def _fixed(text: str) -> Subject:
+    options = {"step_ms": 10.0, "token_us": 10.0}
+    for part in text.split(":"):
+        name, equals, value = part.partition("=")
+        if not equals or name not in options:
+            raise OptionError(
+                f"simulate takes {' and '.join(options)}, as step_ms=10:token_us=10, not '{part}'"
+            )
+        try:
+            options[name] = float(value)
+        except ValueError:
+            raise OptionError(f"simulate: {name} is '{value}', need a number") from None
+    step, token = options["step_ms"], options["token_us"]
+    if not 0.1 <= step <= 60_000:
+        raise OptionError(f"simulate: step_ms is {step:g}, need 0.1 to 60000")
+    if not 0 <= token <= 1e6:
+        raise OptionError(f"simulate: token_us is {token:g}, need 0 to 1000000")
+    units = FIXED_UNITS
+    splits = tuple(Partition(units - decode, decode) for decode in range(2, units, 2))
+    menu = (Partition(units, 0), *splits, Partition(0, units))
+    device = Device(units, menu, FIXED_LAYERS, frozenset(Sharing), name=f"simulated: steps of {step:g} ms")
+    costs = FixedCost(step / 1e3, token / 1e6, units)
+    return Subject(device, costs, costs, Overheads(), FIXED_CONTEXT, FIXED_POOL_TOKENS, FIXED_BYTES_PER_TOKEN)
+
+
+def _described(device_name: str, model_name: str) -> Subject:
+    """As `drift simulate --device DEVICE --model MODEL`: a fitted table where one is installed, else the roofline."""
+    spec, model = device_spec(device_name), model_spec(model_name)
+    costs, truth = (_costs(device_name, model_name) for _ in range(2))
+    inner = innermost(costs)
+    table_menu = inner.table.partitions() if isinstance(inner, FittedCost) else ()
+    overheads = Overheads(
+        block_seconds=spec.block_us * 1e-6,
+        switch_seconds=spec.switch_us * 1e-6,
+        launch_layer_seconds=spec.launch_seconds,
+    )
+    return Subject(
+        simulated_device(spec, model, table_menu),
+        Contended(Launched(truth, spec, model.num_layers), spec, model),
+        Launched(costs, spec, model.num_layers),
+        overheads,
+        model.max_context,
+        kv_tokens(spec, model),
+        int(model.kv_bytes),
+    )
+
+
+def _costs(device: str, model: str) -> CostModel:
+    from drift_scheduler.cost.fitted import fitted
+    from drift_scheduler.cost.hardware import installed
+
+    if table_name(device, model) in installed("tables"):
+        return fitted("", device, model)
+    return RooflineCost(device_spec(device), model_spec(model))
+
+
+def build_simulated(setup: Setup) -> RealTimeExecutor:
+    """The executor for `--device simulated`. Raises DriftError on what cannot be simulated."""
+    config, model = setup.config, setup.model
+    subject = parse_subject(config.simulate or DEFAULT)
+    context = config.max_context or subject.max_context
+    page = config.page_tokens
+    memory = config.kv_memory_bytes or subject.kv_tokens * subject.bytes_per_token
+    plan = plan_pool(memory, subject.bytes_per_token * page, page, context)
+    tokens = SimulatedTokens(token_choices(model.vocab_size, model.eos_token_ids))
+    kv = PagedKv(plan.num_pages, page, tokens.tokens_of)
+    return RealTimeExecutor(subject, kv, plan, tokens, config.seed)
