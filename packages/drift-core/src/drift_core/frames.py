@@ -153,12 +153,14 @@ class FinishedItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How full the engine is."""
+    """How full the engine is, and how far its cost model's predictions were off lately (0.1 is 10%)."""
 
     waiting: int
     running: int
     free_pages: int
     preemptions: int = 0
+    prefill_error: float | None = None
+    decode_error: float | None = None
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):

@@ -137,6 +137,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     help="Port 0 takes a free one.",
 )
 @click.option(
+    "--http", metavar="HOST:PORT", help="Metrics, health and the dashboard over HTTP.  [default: off]"
+)
+@click.option(
     "--insecure-bind",
     is_flag=True,
     help="Allow --listen on addresses that other machines reach: no TLS, no login.",
@@ -197,6 +200,7 @@ def serve(
     insecure_bind: bool,
     max_in_flight: int,
     grace: float,
+    http: str | None,
     kv_memory: int | None,
     dispatch: tuple[str, dict[str, Any]],
     partition: tuple[str, dict[str, Any]],
@@ -222,7 +226,8 @@ def serve(
         cost_options=cost[1],
     )
     _check_policies(config)
-    options = serving.ServeOptions(config, parse_address(listen), insecure_bind, max_in_flight, grace)
+    pages = None if http is None else parse_address(http)
+    options = serving.ServeOptions(config, parse_address(listen), insecure_bind, max_in_flight, grace, pages)
     return serving.serve(options, Console(stderr=True))
 
 

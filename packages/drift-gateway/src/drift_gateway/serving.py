@@ -31,6 +31,8 @@ from rich.table import Table
 from drift_core.engine import EngineConfig
 from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
+from drift_gateway.http_port import HttpPort
+from drift_gateway.http_routes import add_operations
 from drift_gateway.server import Address, Gateway, check_address
 from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
 
@@ -39,18 +41,24 @@ log = logging.getLogger("drift.gateway")
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What `drift serve` was asked for. `grace`: seconds that running streams get when the server stops."""
+    """What `drift serve` was asked for.
+
+    `grace`: seconds that running streams get when the server stops. `http`: where to serve metrics and pages.
+    """
 
     engine: EngineConfig
     address: Address
     insecure_bind: bool = False
     max_in_flight: int = 1024
     grace: float = 10.0
+    http: Address | None = None
 
 
 def serve(options: ServeOptions, console: Console) -> int:
     """Serve until SIGINT or SIGTERM; the exit status. Raises DriftError on what the user can put right."""
     check_address(options.address, options.insecure_bind)
+    if options.http is not None:
+        check_address(options.http, options.insecure_bind)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -65,6 +73,10 @@ async def _serve(options: ServeOptions, console: Console) -> int:
     supervisor = Supervisor(spawn, on_starting=display.news)
     gateway = Gateway(supervisor, options.max_in_flight)
     await gateway.open(options.address)
+    pages = HttpPort()
+    add_operations(pages, supervisor)
+    if options.http is not None:
+        await pages.open(options.http)
     stop = _stop_signals()
     try:
         with display:
@@ -76,6 +88,9 @@ async def _serve(options: ServeOptions, console: Console) -> int:
                 return 0
             served = started.result()
         display.summarise(served, Address(options.address.host, gateway.port))
+        if options.http is not None:
+            pages_at = Address(options.http.host, pages.port)
+            console.print(f"metrics and pages on http://{pages_at}/", highlight=False)
         keeping = asyncio.ensure_future(supervisor.keep_running())
         await _first(keeping, stop)
         if keeping.done():
@@ -92,6 +107,7 @@ async def _serve(options: ServeOptions, console: Console) -> int:
     finally:
         stop.clear()  # the next signal ends the grace time
         await gateway.close(options.grace, hurry=stop)
+        await pages.close()
 
 
 def _say_why(console: Console, error: BaseException | None) -> int:

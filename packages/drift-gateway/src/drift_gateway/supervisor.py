@@ -24,10 +24,11 @@ from typing import Final, Protocol
 import msgspec
 
 from drift_core.engine import EngineConfig
-from drift_core.frames import Ready, Starting, Submit
+from drift_core.frames import Ready, Starting, StepFrame, Submit
 from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.refusal import Reason, Refusal, refusal_of
+from drift_gateway.service_stats import EndedOutput, ServiceStats
 from drift_gateway.timeline import Timeline
 from drift_scheduler.errors import DriftError
 
@@ -136,6 +137,7 @@ class Supervisor:
         self.last_ready: Served | None = None
         self.restarts = 0
         self.timeline = Timeline()
+        self.stats = ServiceStats()
         self.on_change: Callable[[], None] = lambda: None
         self._spawn = spawn
         self._on_starting = on_starting
@@ -148,7 +150,7 @@ class Supervisor:
 
     async def start(self) -> Served:
         """Start the engine and wait until it serves. Raises DriftError when it never will; nothing is left over."""
-        client = self._client = await EngineClient.listen(self._starting, self.timeline.step)
+        client = self._client = await EngineClient.listen(self._starting, self._step)
         client.gone.add_done_callback(self._note_crash)
         process = self._process = await self._spawn(client.path)
         ended = asyncio.ensure_future(process.wait())
@@ -224,15 +226,24 @@ class Supervisor:
             raise Refusal(Reason.REQUEST_ID_IN_USE, str(error)) from error
         for frame in frames:
             self._fingerprints[frame.id] = fingerprint
+            self.stats.submitted(frame)
         return submission
 
-    def ended(self, submission: Submission) -> None:
-        """A submission's reader is done with it: cancel what still runs, remember what ended well."""
+    def ended(self, submission: Submission) -> list[EndedOutput]:
+        """A submission's reader is done with it: cancel what still runs, remember what ended well.
+
+        How each of its outputs ended, or how far it came.
+        """
         submission.cancel()
+        ends = []
         for request in submission.requests:
             fingerprint = self._fingerprints.pop(request.id, None)
             if fingerprint is not None and request.finished is not None:
                 self._quarantine.acquit(fingerprint)
+            end = self.stats.forget(request.id)
+            if end is not None:
+                ends.append(end)
+        return ends
 
     def stop_accepting(self) -> None:
         """From now on requests are refused; those in flight go on."""
@@ -268,6 +279,10 @@ class Supervisor:
             await _end_process(process, patience)
         if client is not None:
             await client.close()
+
+    def _step(self, frame: StepFrame) -> None:
+        self.timeline.step(frame)
+        self.stats.step(frame)
 
     def _starting(self, frame: Starting) -> None:
         self.phase = frame

@@ -41,10 +41,19 @@ class Timeline:
         self.load: LoadItem | None = None
         self.tokens_generated = 0
         self.requests_finished = 0
+        self.partition_switches = 0
+        self.sharing_seconds: dict[str | None, float] = {}
+        """By sharing (`None` is idle), up to the last `cut`."""
+        self._partition: tuple[int, int] | None = None
         self._closed: deque[Stretch] = deque(maxlen=kept)
         self._count = 0
         self._use = Use()
         self._since: float | None = None
+
+    @property
+    def use(self) -> Use:
+        """How the device is used now."""
+        return self._use
 
     def step(self, frame: StepFrame) -> None:
         """Take in one frame."""
@@ -55,6 +64,9 @@ class Timeline:
         if use != self._use or self._since is None:
             self.cut(frame.time)
             self._use = use
+            if use.partition is not None:
+                self.partition_switches += self._partition is not None and use.partition != self._partition
+                self._partition = use.partition
 
     def engine_gone(self, now: float) -> None:
         """Nothing runs any more, and what the engine said of its load is void."""
@@ -65,6 +77,8 @@ class Timeline:
         """End the current stretch at `now`, so that watchers see it; the same use goes on."""
         if self._since is not None and now > self._since:
             self._closed.append(Stretch(self._since, now, self._use))
+            sharing = self._use.sharing
+            self.sharing_seconds[sharing] = self.sharing_seconds.get(sharing, 0.0) + now - self._since
             self._count += 1
         if self._since is None or now > self._since:
             self._since = now
