@@ -1,4 +1,4 @@
-"""What drift-gateway registers: the commands `drift serve` and `drift demo`.
+"""What drift-gateway registers: the commands `drift serve`, `drift demo` and `drift load`.
 
 Loaded by every `drift` command, so everything heavy is imported by the commands and not here.
 """
@@ -13,7 +13,7 @@ from drift_scheduler.hookspecs import hookimpl
 
 @hookimpl
 def drift_cli_commands() -> Mapping[str, Any]:
-    """`drift serve` and `drift demo`."""
-    from drift_gateway import cli
+    """`drift serve`, `drift demo`, and the commands that talk to a running server."""
+    from drift_gateway import cli, cli_clients
 
-    return {"serve": cli.serve, "demo": cli.demo}
+    return {"serve": cli.serve, "demo": cli.demo, "load": cli_clients.load}

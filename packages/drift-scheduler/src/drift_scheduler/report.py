@@ -118,17 +118,19 @@ def _lines(report: Report) -> list[str]:
             f"all {_percent(c['attainment'])} of {c['requests']} requests"
             for name, c in slo["classes"].items()
         ]
-    busy = {name: seconds for name, seconds in sharing.items() if seconds > 0}
+    busy = {name: seconds for name, seconds in sharing.items() if seconds}
     total = sum(busy.values()) or 1.0
     lines.append(
         f"Lanes: prefill busy {_percent(lanes['prefill_busy'])}, decode busy {_percent(lanes['decode_busy'])}, "
         f"bubbles {_percent(lanes['bubble_ratio'])}; "
-        + ", ".join(f"{name.replace('_', ' ')} {_percent(s / total)}" for name, s in busy.items())
+        + (", ".join(f"{n.replace('_', ' ')} {_percent(s / total)}" for n, s in busy.items()) or "not known")
     )
     lines.append(
         f"KV: peak {_percent(kv['peak_utilisation'])} of pages, {_percent(kv['prefix_hit_ratio'])} of prompt tokens "
         f"reused, {kv['preemptions']} preemptions"
     )
+    if report["scheduler"]["steps"] is None:  # seen from a client
+        return lines
     errors = report["cost_model"]["error"]
     lines.append(
         f"Scheduler: {report['scheduler']['steps']} steps; solo predictions off by "

@@ -1,0 +1,83 @@
+"""`drift load`, `drift chat` and `drift top`: the options of the commands that talk to a running server.
+
+Option parsing only; grpc loads when a command runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from drift_gateway.cli import _exits, _quiet_grpc
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+
+target_option = click.option(
+    "--target",
+    default=DEFAULT_TARGET,
+    show_default=True,
+    metavar="HOST:PORT",
+    help="A running `drift serve`.",
+)
+
+
+@click.command()
+@target_option
+@click.option(
+    "--workload", required=True, metavar="NAME|PATH", help="A workload (`drift workloads`) or a trace file."
+)
+@click.option(
+    "--rate", type=float, help="Requests per second: Poisson arrivals, or a trace's own times rescaled."
+)
+@click.option(
+    "--requests", type=click.IntRange(1), help="How many requests.  [default: a whole trace, or 1000]"
+)
+@click.option("--duration", type=float, help="Send for so many seconds at most.")
+@click.option("--slo-ttft", type=float, help="Target for the first token, seconds.  [default: the server's]")
+@click.option("--slo-tbt", type=float, help="Target between tokens, seconds.  [default: the server's]")
+@click.option("--slo-class", metavar="NAME", help="Names the targets in the server's statistics.")
+@click.option(
+    "--on-infeasible", type=click.Choice(("best-effort", "reject", "demote")),
+    help="What the server is to do with a request whose targets it cannot meet.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of workload, prompts and sampling.")
+@click.option(
+    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy."
+)
+@click.option(
+    "--connections", type=click.IntRange(1, 64), default=4, show_default=True, help="To spread streams over."
+)
+@click.option(
+    "--timeout", type=float, default=600.0, show_default=True, help="Seconds that one request may take."
+)
+@click.option(
+    "--warm",
+    is_flag=True,
+    help="Let prompts find what earlier runs of the same seed left in the prefix cache.",
+)
+@click.option(
+    "--json",
+    "json_path",
+    metavar="PATH|-",
+    help="Write the report as JSON to a file, or with - to stdout in place of the table.",
+)
+@_exits
+def load(json_path: str | None, **settings: Any) -> int:
+    """Send a workload at its own pace, whatever the server makes of it, and report as `drift simulate` does.
+
+    Latency counts from the moment each request was meant to be sent. Ctrl-C ends the run and reports what was done.
+    """
+    _quiet_grpc()
+    from rich.console import Console
+
+    from drift_gateway.load import LoadOptions, run
+    from drift_scheduler.cli import emit
+    from drift_scheduler.plugins import load as load_plugins
+
+    report = run(LoadOptions(**settings), load_plugins(strict=False), Console(stderr=True))
+    emit(report, json_path)
+    return INTERRUPTED if report["config"]["interrupted"] else 0
+
+
+INTERRUPTED = 130
