@@ -1,4 +1,4 @@
-"""drift.v1.GenerationService: a request's stream, from admission to its last Finished.
+"""drift.v1.GenerationService, and the one way from a GenerateRequest to its stream of events that all services use.
 
 One task per stream; it takes what the engine told since it last looked, so a reader that lags gets fewer, larger
 messages and never a queue of them. Leaving the stream, however it happens, cancels what still runs.
@@ -6,14 +6,19 @@ messages and never a queue of them. Leaving the stream, however it happens, canc
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 import grpc
 
 from drift_core.link import Submission
 from drift_core.tokenizer import IncrementalDetokenizer
+from drift_gateway import prompts
 from drift_gateway.admission import Admitted, admit
+from drift_gateway.calls import Call, call_of
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
 from drift_gateway.supervisor import Served, Supervisor
@@ -26,32 +31,39 @@ log = logging.getLogger("drift.gateway")
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
-class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """Serves Generate from whatever engine the supervisor keeps; at most `max_in_flight` outputs at a time."""
+class Generations:
+    """Serves requests from whatever engine the supervisor keeps; at most `max_in_flight` outputs at a time."""
 
     def __init__(self, supervisor: Supervisor, max_in_flight: int) -> None:
         self._supervisor = supervisor
         self._max_in_flight = max_in_flight
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        """One request's stream; see proto/drift_gateway/v1/generation.proto for what it promises."""
-        arrival = time.monotonic()
-        async with refusals_as_statuses(context):
-            await self._generate(request, context, arrival)
+    async def responses(
+        self, request: pb.GenerateRequest, call: Call
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The events of one request, from Accepted to its last Finished, as fast as they are taken.
 
-    async def _generate(self, request: pb.GenerateRequest, context: Context, arrival: float) -> None:
-        served = self._supervisor.serving()
+        Raises Refusal or EngineGone (`refusal.refusal_of` makes a Refusal of either) where the stream ends with a
+        status. Close it, with `contextlib.aclosing`: that cancels what still runs.
+        """
+        supervisor = self._supervisor
+        served = supervisor.serving()
         self._check_room(served, 1)
-        admitted = await admit(request, served, arrival)
+        admitted = await admit(request, served, call.arrival)
         self._check_room(served, admitted.sampling.n)
         log.debug(
             "%s: %d prompt tokens, labels %s", admitted.request_id, len(admitted.prompt), request.labels
         )
-        submission = self._supervisor.submit(served, admitted.frames())
+        submission = supervisor.submit(served, admitted.frames())
+        timer = _end_at(call.deadline, submission)
         try:
-            await _stream(served, admitted, submission, context)
+            async with aclosing(_events(served, admitted, submission)) as events:
+                async for event in events:
+                    yield event
         finally:  # also on CancelledError, which goes on: the client left or its deadline passed
-            self._supervisor.ended(submission)
+            if timer is not None:
+                timer.cancel()
+            supervisor.ended(submission)
 
     def _check_room(self, served: Served, outputs: int) -> None:
         in_flight = served.client.in_flight
@@ -62,8 +74,59 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             )
 
 
-async def _stream(served: Served, admitted: Admitted, submission: Submission, context: Context) -> None:
-    """Write every message of the request. Raises Refusal or EngineGone where the stream ends with a status."""
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """See proto/drift_gateway/v1/generation.proto for what it promises."""
+
+    def __init__(self, supervisor: Supervisor, generations: Generations) -> None:
+        self._supervisor = supervisor
+        self._generations = generations
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        """One request's stream."""
+        call = call_of(context)
+        async with refusals_as_statuses(context):
+            async with aclosing(self._generations.responses(request, call)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+    async def Tokenize(
+        self,
+        request: pb.TokenizeRequest,
+        context: grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse],
+    ) -> pb.TokenizeResponse:
+        """The token ids that Generate would make of the same input."""
+        async with refusals_as_statuses(context):
+            return await prompts.tokenize(request, self._described())
+        raise AssertionError("the call was aborted")
+
+    async def Detokenize(
+        self,
+        request: pb.DetokenizeRequest,
+        context: grpc.aio.ServicerContext[pb.DetokenizeRequest, pb.DetokenizeResponse],
+    ) -> pb.DetokenizeResponse:
+        """The text of token ids."""
+        async with refusals_as_statuses(context):
+            return await prompts.detokenize(request, self._described())
+        raise AssertionError("the call was aborted")
+
+    def _described(self) -> Served:
+        """The model, also while its engine is being started again. Raises Refusal before it was first ready."""
+        return self._supervisor.last_ready or self._supervisor.serving()
+
+
+def _end_at(deadline: float | None, submission: Submission) -> asyncio.TimerHandle | None:
+    """Have the submission fail once the call's deadline has passed, whatever its reader waits for."""
+    if deadline is None:
+        return None
+    late = Refusal(Reason.DEADLINE_EXCEEDED, "the deadline of the call passed")
+    loop = asyncio.get_running_loop()
+    return loop.call_later(max(0.0, deadline - time.monotonic()), submission.fail, late)
+
+
+async def _events(
+    served: Served, admitted: Admitted, submission: Submission
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Every message of the request. Raises Refusal or EngineGone where the stream ends with a status."""
     outputs = [_output(served, admitted, k, submission) for k in range(len(submission.requests))]
     admission_seconds = time.monotonic() - admitted.arrival
     announced = False
@@ -73,11 +136,11 @@ async def _stream(served: Served, admitted: Admitted, submission: Submission, co
         if submission.lagging:
             raise Refusal(Reason.SLOW_READER, "the client reads too slowly; its tokens were piling up")
         if not announced:
-            await context.write(_accepted(served, admitted, submission))
+            yield _accepted(served, admitted, submission)
             announced = True
         for output in running:
             for message in output.advance(admission_seconds):
-                await context.write(message)
+                yield message
             if output.stop_due:
                 output.stop_due = False
                 served.client.cancel(output.progress.id, stop=True)
