@@ -269,26 +269,27 @@ def test_streams_are_interleaved() -> None:
     run_with_gateway(body, paused=True)
 
 
+async def _numbered(responses: Any) -> AsyncIterator[tuple[int, pb.GenerateResponse]]:
+    number = 0
+    async for response in responses:
+        yield number, response
+        number += 1
+
+
 def test_a_reader_that_lags_gets_its_tokens_in_fewer_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one write waits, tokens gather and leave together; none is lost."""
     from drift_gateway import generation
 
     held = asyncio.Event()
-    writes = 0
-    stream = generation._stream
+    responses = generation.Generations.responses
 
-    async def slow_stream(served: Any, admitted: Any, submission: Any, context: Any) -> None:
-        class SlowContext:
-            async def write(self, message: Any) -> None:
-                nonlocal writes
-                writes += 1
-                if writes == 2:
-                    await held.wait()
-                await context.write(message)
+    async def slowly(self: Any, request: Any, call: Any) -> AsyncIterator[pb.GenerateResponse]:
+        async for number, response in _numbered(responses(self, request, call)):
+            yield response
+            if number == 1:
+                await held.wait()
 
-        await stream(served, admitted, submission, SlowContext())  # type: ignore[arg-type]
-
-    monkeypatch.setattr(generation, "_stream", slow_stream)
+    monkeypatch.setattr(generation.Generations, "responses", slowly)
 
     async def body(under: UnderTest) -> None:
         generation = aiter(under.client.generate(token_ids=[1], max_tokens=1000))
@@ -313,14 +314,15 @@ def test_a_reader_that_lags_too_far_is_ended_and_its_request_cancelled(
     from drift_gateway import generation
 
     monkeypatch.setattr(link, "MAX_LAG_TOKENS", 100)
-    stream = generation._stream
+    events = generation._events
 
-    async def late_stream(served: Any, admitted: Any, submission: Any, context: Any) -> None:
+    async def late(served: Any, admitted: Any, submission: Any) -> AsyncIterator[pb.GenerateResponse]:
         while not submission.lagging:
             await asyncio.sleep(0.005)
-        await stream(served, admitted, submission, context)
+        async for event in events(served, admitted, submission):
+            yield event
 
-    monkeypatch.setattr(generation, "_stream", late_stream)
+    monkeypatch.setattr(generation, "_events", late)
 
     async def body(under: UnderTest) -> None:
         with pytest.raises(api.Overloaded, match="too slowly"):

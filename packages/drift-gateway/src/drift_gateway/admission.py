@@ -6,10 +6,8 @@ state beyond the served model.
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import uuid4
@@ -19,24 +17,19 @@ from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingError, SamplingParams
-from drift_core.tokenizer import Tokenizer
+from drift_gateway.prompts import chat_ids, given_ids, not_served, text_ids
 from drift_gateway.refusal import Reason, Refusal, invalid
 from drift_gateway.supervisor import Served
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_scheduler.domain import SLO
-from drift_scheduler.errors import DriftError
 
-MAX_MESSAGES: Final = 4096
 MAX_LABELS: Final = 16
 MAX_LABEL_CHARACTERS: Final = 128
 MAX_CLASS_CHARACTERS: Final = 64
 MAX_TARGET_MS: Final = 86_400_000.0
 MAX_PRIORITY: Final = 1000
-INLINE_CHARACTERS: Final = 2000
-"""Texts up to this long are tokenised on the event loop (well under a millisecond), longer ones in a thread."""
 
 _REQUEST_ID: Final = re.compile(r"[!-\"$-~]{1,128}")
-_TOKENIZING: Final = ThreadPoolExecutor(2, thread_name_prefix="drift-tokenize")
 _SAMPLING_FIELDS: Final = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
     "seed", "logprobs",
@@ -105,13 +98,6 @@ async def admit(request: pb.GenerateRequest, served: Served, arrival: float) -> 
     return Admitted(request_id, prompt, sampling, slo, priority, arrival)
 
 
-def not_served(model: str, ready: Ready) -> Refusal:
-    """MODEL_NOT_FOUND, naming the model that is served."""
-    return Refusal(
-        Reason.MODEL_NOT_FOUND, f"model '{model}' is not served here; '{ready.model}' is", field="model"
-    )
-
-
 def _request_id(request: pb.GenerateRequest) -> str:
     if not request.HasField("request_id"):
         return uuid4().hex
@@ -175,65 +161,13 @@ def _present(message: Message, names: tuple[str, ...]) -> dict[str, Any]:
 async def _prompt(request: pb.GenerateRequest, served: Served) -> list[int]:
     match request.WhichOneof("input"):
         case "text":
-            if not request.text:
-                raise invalid("text", "is empty")
-            tokenizer = _tokenizer(served, "text")
-            return await _tokenized("text", len(request.text), lambda: tokenizer.encode(request.text))
+            return await text_ids(served, request)
         case "token_ids":
-            return _token_ids(request.token_ids, served.ready.vocab_size)
+            return given_ids("token_ids.ids", request.token_ids.ids, served.ready.vocab_size)
         case "chat":
-            messages, characters = _messages(request.chat)
-            tokenizer = _tokenizer(served, "chat")
-            if not tokenizer.has_chat_template:
-                raise Refusal(
-                    Reason.NO_CHAT_TEMPLATE,
-                    f"chat: model '{served.ready.model}' has no chat template; give text or token_ids",
-                )
-            return await _tokenized("chat", characters, lambda: tokenizer.encode_chat(messages))
+            return await chat_ids(served, request)
         case _:
             raise invalid("input", "is missing; give one of text, token_ids, chat")
-
-
-def _tokenizer(served: Served, field: str) -> Tokenizer:
-    if served.tokenizer is None:
-        raise Refusal(
-            Reason.NO_TOKENIZER, f"{field}: model '{served.ready.model}' has no tokenizer; give token_ids"
-        )
-    return served.tokenizer
-
-
-def _token_ids(given: pb.TokenIds, vocab_size: int) -> list[int]:
-    ids = list(given.ids)
-    if not ids:
-        raise invalid("token_ids.ids", "is empty")
-    if (highest := max(ids)) >= vocab_size:
-        raise invalid("token_ids.ids", f"token id {highest} is not below the vocabulary size {vocab_size}")
-    return ids
-
-
-def _messages(chat: pb.Chat) -> tuple[list[dict[str, str]], int]:
-    """The conversation, and its characters in all."""
-    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
-        raise invalid("chat.messages", f"{len(chat.messages)} messages are not 1 to {MAX_MESSAGES}")
-    for position, message in enumerate(chat.messages):
-        if not message.role:
-            raise invalid(f"chat.messages[{position}].role", "is empty")
-    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
-    return messages, sum(len(message.content) for message in chat.messages)
-
-
-async def _tokenized(field: str, characters: int, encode: Callable[[], list[int]]) -> list[int]:
-    """Token ids of an input of so many characters, off the event loop when that takes long."""
-    try:
-        if characters <= INLINE_CHARACTERS:
-            prompt = encode()
-        else:
-            prompt = await asyncio.get_running_loop().run_in_executor(_TOKENIZING, encode)
-    except DriftError as error:
-        raise invalid(field, str(error)) from error
-    if not prompt:
-        raise invalid(field, "has no tokens")
-    return prompt
 
 
 def _within(field: str, value: int, lowest: int, highest: int) -> int:

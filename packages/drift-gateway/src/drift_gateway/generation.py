@@ -84,10 +84,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """One request's stream."""
         call = call_of(context)
-        async with refusals_as_statuses(context):
-            async with aclosing(self._generations.responses(request, call)) as responses:
-                async for response in responses:
-                    await context.write(response)
+        responses = self._generations.responses(request, call)
+        async with refusals_as_statuses(context), aclosing(responses):
+            async for response in responses:
+                await context.write(response)
 
     async def Tokenize(
         self,

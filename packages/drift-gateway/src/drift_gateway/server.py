@@ -20,8 +20,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from drift_core.link import EngineClient
-from drift_gateway.generation import GenerationService
+from drift_gateway.generation import Generations, GenerationService
 from drift_gateway.info import InfoService
+from drift_gateway.security import Security, SecurityOptions
 from drift_gateway.supervisor import State, Supervisor
 from drift_gateway.v1 import generation_pb2, generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError
@@ -75,8 +76,10 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def check_address(address: Address, insecure_bind: bool) -> None:
-    """Raises DriftError, saying why, when a server may not or could not listen there."""
+def check_address(
+    address: Address, insecure_bind: bool, security: SecurityOptions = SecurityOptions()
+) -> None:
+    """Raises DriftError, saying why, when a server so secured may not or could not listen there."""
     try:
         found = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -84,10 +87,11 @@ def check_address(address: Address, insecure_bind: bool) -> None:
     except OSError as error:
         raise DriftError(f"cannot listen on {address}: {error.strerror or error}") from error
     family, _, _, _, where = found[0]
-    if not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback and not insecure_bind:
+    beyond = not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
+    if beyond and not insecure_bind and (missing := security.missing()) is not None:
         raise DriftError(
-            f"{address} can be reached from other machines, and this server has neither TLS nor authentication; "
-            "listen on 127.0.0.1, or add --insecure-bind where the network is trusted"
+            f"{address} can be reached from other machines, and this server has {missing}; listen on 127.0.0.1, give "
+            "--tls-cert and --tls-key with --tenants or --tls-client-ca, or --insecure-bind where the network is trusted"
         )
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,15 +111,19 @@ def _why_not(address: Address, error: OSError) -> str:
 class Gateway:
     """A gRPC server in front of a supervised engine. `port` is the one taken, once `open` has returned."""
 
-    def __init__(self, supervisor: Supervisor, max_in_flight: int = 1024) -> None:
+    def __init__(
+        self, supervisor: Supervisor, max_in_flight: int = 1024, security: Security | None = None
+    ) -> None:
         self.supervisor = supervisor
+        self.security = security if security is not None else Security()
         self.port = 0
         self._stopping = asyncio.Event()
         self._reports: set[asyncio.Task[None]] = set()
         supervisor.on_change = self._state_changed
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        generation = GenerationService(supervisor, max_in_flight)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=self.security.interceptors)
+        self.generations = Generations(supervisor, max_in_flight)
+        generation = GenerationService(supervisor, self.generations)
         information = InfoService(supervisor, max_in_flight, self._stopping)
         _ADD_GENERATION(generation, self._server)
         _ADD_INFO(information, self._server)
@@ -127,7 +135,7 @@ class Gateway:
         """Take the port and answer. Raises DriftError when the port cannot be had."""
         await self._report_health()
         try:
-            self.port = self._server.add_insecure_port(str(address))
+            self.port = self.security.add_port(self._server, str(address))
         except RuntimeError as error:
             raise DriftError(
                 f"cannot listen on {address}: it is in use or not an address of this machine"
