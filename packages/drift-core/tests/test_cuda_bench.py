@@ -109,6 +109,17 @@ def test_kernel_checks_pass_in_the_interpreter() -> None:
         assert float(error) < 2e-3, name
 
 
+def test_the_engine_runs_its_triton_kernels_in_the_interpreter() -> None:
+    """Decode graphs, mixed passes, prefill blocks and draws through the real launches, without a device."""
+    pytest.importorskip("triton")
+    policies = ("gang", "chunked-prefill")
+    done = python("packages/drift-core/tests/cuda_interpreted_engine.py", *policies, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for policy in policies:
+        assert done.stdout.count(f"{policy} faults []") == 2, done.stdout
+        assert f"{policy} same True" in done.stdout, done.stdout
+
+
 def test_the_partition_kernels_compile() -> None:
     pytest.importorskip("triton")
     program = """

@@ -62,6 +62,32 @@ def test_only_the_layers_and_slots_of_the_block_are_written(decoder: Decoder) ->
         assert written[7].tolist() == [True, True, False, False]
 
 
+class Counting(ReferenceOps):
+    """Notes what a decoder calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and name not in ("called", "description"):
+            self.called.append(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_norm_rotation_and_kv_write_are_one_op(qk_norm: bool) -> None:
+    config = replace(CONFIG, qk_norm=qk_norm)
+    ops = Counting()
+    decoder = Decoder(config, random_weights(config, torch.float32), ops)
+    hidden, kv, inputs = batch(decoder)
+    ops.called.clear()
+    decoder.run_layers(hidden, 0, 3, kv, inputs)
+    assert ops.called.count("rotate_and_write") == 3
+    assert not {"apply_rotary", "write_kv"} & set(ops.called)
+    assert ops.called.count("rms_norm") == 1  # the first of all; others are added with their residual
+
+
 def test_logits_are_ordinary_tensors_that_samplers_may_change(decoder: Decoder) -> None:
     hidden, kv, inputs = batch(decoder)
     logits = decoder.logits(decoder.run_layers(hidden, 0, 3, kv, inputs)[-1:])

@@ -315,6 +315,23 @@ def test_write_kv_touches_its_slots_alone(ops: CpuOps, dtype: torch.dtype) -> No
             ops.write_kv(k[:2], v[:2], *ours, torch.tensor([0, bad]))
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rotate_and_write_is_its_parts(ops: CpuOps, dtype: torch.dtype, qk_norm: bool) -> None:
+    torch.manual_seed(1)
+    fused, slots = torch.randn(7, 8, 32).to(dtype), torch.tensor([31, 0, 5, 16, 15, 40, 47])
+    q, k, v = fused.split((4, 2, 2), dim=1)
+    turns = torch.randn(7, 16).repeat(1, 2)
+    cos, sin = turns.cos().to(dtype), turns.sin().to(dtype)
+    norms = (torch.rand(32).to(dtype), torch.rand(32).to(dtype)) if qk_norm else None
+    ours, theirs = ([torch.zeros(3, 16, 2, 32, dtype=dtype) for _ in range(2)] for _ in range(2))
+    got = ops.rotate_and_write(q, k, v, cos, sin, *ours, slots, norms, 1e-6)
+    want = reference.rotate_and_write(q, k, v, cos, sin, *theirs, slots, norms, 1e-6)
+    near = {"atol": 1e-6, "rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5}
+    for mine, spec in zip((got, *ours), (want, *theirs), strict=True):
+        torch.testing.assert_close(mine, spec, **near)
+
+
 def step(ops: CpuOps, batch: Batch, weight: Tensor) -> list[Tensor]:
     mixed = batch.attend(ops)
     hidden = ops.linear(mixed.flatten(1), weight)

@@ -40,6 +40,22 @@ class Ops(Protocol):
 
     def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None: ...
 
+    def rotate_and_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slots: Tensor,
+        norms: tuple[Tensor, Tensor] | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """What a layer does between its projection and attention, in as few launches as there may be."""
+        ...
+
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, inputs: AttentionInputs) -> Tensor: ...
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
@@ -70,6 +86,23 @@ class ReferenceOps:
     def write_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
         checks.check_write_kv(k, v, k_pages, v_pages, slots)
         reference.write_kv(k, v, k_pages, v_pages, slots)
+
+    def rotate_and_write(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slots: Tensor,
+        norms: tuple[Tensor, Tensor] | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        checks.check_rotary(q, k, cos, sin)
+        checks.check_write_kv(k, v, k_pages, v_pages, slots)
+        return reference.rotate_and_write(q, k, v, cos, sin, k_pages, v_pages, slots, norms, eps)
 
     def attend(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, inputs: AttentionInputs) -> Tensor:
         checks.check_attend(q, k_pages, v_pages, inputs)

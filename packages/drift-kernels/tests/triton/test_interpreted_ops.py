@@ -14,7 +14,7 @@ from drift_kernels.triton_ops.ops import TritonOps
 LENGTHS = [(1, 20), (9, 40), (3, 3)]
 
 
-def _layer(ops: Ops, batch: Batch, inputs: AttentionInputs) -> torch.Tensor:
+def _layer(ops: Ops, batch: Batch, inputs: AttentionInputs, qk_norm: bool) -> torch.Tensor:
     """A decoder layer's ops in order."""
     torch.manual_seed(7)
     tokens, heads, head = batch.q.shape
@@ -28,24 +28,24 @@ def _layer(ops: Ops, batch: Batch, inputs: AttentionInputs) -> torch.Tensor:
     residual = batch.q.reshape(tokens, size)
     qkv = ops.linear(ops.rms_norm(residual, norm, 1e-5), weights["qkv"]).view(tokens, -1, head)
     q, k, v = qkv.split((heads, batch.shape.kv_heads, batch.shape.kv_heads), dim=1)
-    q, k = ops.apply_rotary(q, k, angles.cos(), angles.sin())
-    ops.write_kv(k, v, k_pages, v_pages, inputs.slots)
+    norms = (torch.rand(head).to(dtype), torch.rand(head).to(dtype)) if qk_norm else None
+    q = ops.rotate_and_write(q, k, v, angles.cos(), angles.sin(), k_pages, v_pages, inputs.slots, norms, 1e-6)
     seen = ops.linear(ops.attend(q, k_pages, v_pages, inputs).reshape(tokens, size), weights["out"])
     normed, residual = ops.add_rms_norm(seen, residual, norm, 1e-5)
     return residual + ops.linear(ops.silu_and_mul(ops.linear(normed, weights["up"])), weights["down"])
 
 
-@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize(("window", "qk_norm"), [(None, False), (12, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_layer(dtype: torch.dtype, window: int | None) -> None:
+def test_a_layer(dtype: torch.dtype, window: int | None, qk_norm: bool) -> None:
     batch = Batch.random(AttentionShape(4, 2, 64, 16), LENGTHS, dtype, window)
     inputs = AttentionInputs.build(
         batch.query_lens, batch.context_lens, batch.tables, 16, batch.scale, window
     )
-    want = _layer(ReferenceOps(), batch, inputs)
+    want = _layer(ReferenceOps(), batch, inputs, qk_norm)
     ops = TritonOps(2, 90)
-    close(_layer(ops, batch, inputs) / 4, want / 4)  # values reach 4
-    close(_layer(ops, batch, batch.plan(batch.lane())) / 4, want / 4)
+    close(_layer(ops, batch, inputs, qk_norm) / 4, want / 4)  # values reach 4
+    close(_layer(ops, batch, batch.plan(batch.lane()), qk_norm) / 4, want / 4)
 
 
 def test_inputs_without_a_lane_are_planned_once_a_step() -> None:

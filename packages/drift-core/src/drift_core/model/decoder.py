@@ -146,11 +146,10 @@ class Decoder:
         tokens = normed.shape[0]
         qkv = ops.linear(normed, layer.qkv, layer.qkv_bias)
         q, k, v = qkv.view(tokens, -1, config.head_dim).split_with_sizes(self._heads, dim=1)
+        norms = None
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = ops.rms_norm(q, layer.q_norm, config.rms_eps)
-            k = ops.rms_norm(k, layer.k_norm, config.rms_eps)
-        q, k = ops.apply_rotary(q, k, *rotary)
-        ops.write_kv(k, v, k_pages, v_pages, inputs.slots)
+            norms = layer.q_norm, layer.k_norm
+        q = ops.rotate_and_write(q, k, v, *rotary, k_pages, v_pages, inputs.slots, norms, config.rms_eps)
         seen = ops.attend(q, k_pages, v_pages, inputs)
         return ops.linear(seen.reshape(tokens, -1), layer.output, layer.output_bias)
 
