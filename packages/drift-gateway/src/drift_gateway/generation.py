@@ -165,7 +165,10 @@ def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.
         if end is not None and end.reason == FinishReason.REJECTED.value:
             raise Refusal(Reason.NEVER_FITS, end.message or "the scheduler rejected the request")
     accepted = pb.Accepted(
-        request_id=admitted.request_id, model=served.ready.model, prompt_tokens=len(admitted.prompt)
+        request_id=admitted.request_id,
+        model=served.ready.model,
+        prompt_tokens=len(admitted.prompt),
+        arrival_us=int(admitted.arrival * 1e6),
     )
     known = [request.accepted for request in submission.requests if request.accepted is not None]
     if known:
