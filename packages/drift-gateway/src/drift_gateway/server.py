@@ -11,7 +11,7 @@ import errno
 import ipaddress
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from drift_core.link import EngineClient
+from drift_gateway.compat import add_services
 from drift_gateway.generation import Generations, GenerationService
 from drift_gateway.info import InfoService
 from drift_gateway.security import Security, SecurityOptions
@@ -76,9 +77,7 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def check_address(
-    address: Address, insecure_bind: bool, security: SecurityOptions = SecurityOptions()
-) -> None:
+def check_address(address: Address, insecure_bind: bool, security: SecurityOptions | None = None) -> None:
     """Raises DriftError, saying why, when a server so secured may not or could not listen there."""
     try:
         found = socket.getaddrinfo(
@@ -88,10 +87,12 @@ def check_address(
         raise DriftError(f"cannot listen on {address}: {error.strerror or error}") from error
     family, _, _, _, where = found[0]
     beyond = not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
-    if beyond and not insecure_bind and (missing := security.missing()) is not None:
+    missing = (security or SecurityOptions()).missing()
+    if beyond and missing is not None and not insecure_bind:
         raise DriftError(
-            f"{address} can be reached from other machines, and this server has {missing}; listen on 127.0.0.1, give "
-            "--tls-cert and --tls-key with --tenants or --tls-client-ca, or --insecure-bind where the network is trusted"
+            f"{address} can be reached from other machines, and this server has {missing}; listen on 127.0.0.1, or "
+            "give --tls-cert and --tls-key with --tenants or --tls-client-ca, or add --insecure-bind where the "
+            "network is trusted"
         )
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -109,10 +110,17 @@ def _why_not(address: Address, error: OSError) -> str:
 
 
 class Gateway:
-    """A gRPC server in front of a supervised engine. `port` is the one taken, once `open` has returned."""
+    """A gRPC server in front of a supervised engine. `port` is the one taken, once `open` has returned.
+
+    `compat`: others' protocols to serve beside drift.v1, of `drift_gateway.compat.NAMES`.
+    """
 
     def __init__(
-        self, supervisor: Supervisor, max_in_flight: int = 1024, security: Security | None = None
+        self,
+        supervisor: Supervisor,
+        max_in_flight: int = 1024,
+        security: Security | None = None,
+        compat: Sequence[str] = (),
     ) -> None:
         self.supervisor = supervisor
         self.security = security if security is not None else Security()
@@ -128,7 +136,8 @@ class Gateway:
         _ADD_GENERATION(generation, self._server)
         _ADD_INFO(information, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (GENERATION, INFO, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        self._compat = add_services(compat, self._server, supervisor, self.generations)
+        names = (GENERATION, INFO, *self._compat, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def open(self, address: Address) -> None:
@@ -153,7 +162,8 @@ class Gateway:
             health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         )
         await self._health.set("", status)
-        await self._health.set(GENERATION, status)
+        for name in (GENERATION, *self._compat):
+            await self._health.set(name, status)
         await self._health.set(INFO, health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self, grace: float, hurry: asyncio.Event | None = None) -> None:

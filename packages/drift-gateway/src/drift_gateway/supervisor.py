@@ -29,6 +29,7 @@ from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.service_stats import EndedOutput, ServiceStats
+from drift_gateway.tenants import Tenant, cache_salt, current_tenant
 from drift_gateway.timeline import Timeline
 from drift_scheduler.errors import DriftError
 
@@ -147,6 +148,7 @@ class Supervisor:
         self._ready_since = 0.0
         self._quarantine = Quarantine()
         self._fingerprints: dict[str, bytes] = {}
+        self._tenants: dict[str, Tenant] = {}
 
     async def start(self) -> Served:
         """Start the engine and wait until it serves. Raises DriftError when it never will; nothing is left over."""
@@ -215,16 +217,28 @@ class Supervisor:
                 raise Refusal(Reason.STARTING, f"the server is starting{detail}; try again")
 
     def submit(self, served: Served, frames: Sequence[Submit]) -> Submission:
-        """Send one request's frames to the engine. Raises Refusal on a quarantined request or a lost engine."""
+        """Send one request's frames to the engine, in the name of the current tenant.
+
+        Raises Refusal on a quarantined request, a lost engine, or a tenant whose rate is used up.
+        """
+        tenant = current_tenant()
+        now = time.monotonic()
+        tenant.check(now, len(frames))
         fingerprint = fingerprint_of(frames[0])
         self._quarantine.check(fingerprint)
+        if tenant.name:  # whatever the service, cached prefixes never cross from one tenant to another
+            frames = [
+                msgspec.structs.replace(frame, salt=cache_salt(tenant.name, frame.salt)) for frame in frames
+            ]
         try:
             submission = served.client.submit(frames)
         except EngineGone as error:
             raise refusal_of(error) from error
         except ValueError as error:
             raise Refusal(Reason.REQUEST_ID_IN_USE, str(error)) from error
+        tenant.begin(now, len(frames[0].prompt), len(frames))
         for frame in frames:
+            self._tenants[frame.id] = tenant
             self._fingerprints[frame.id] = fingerprint
             self.stats.submitted(frame)
         return submission
@@ -241,9 +255,16 @@ class Supervisor:
             if fingerprint is not None and request.finished is not None:
                 self._quarantine.acquit(fingerprint)
             end = self.stats.forget(request.id)
+            tenant = self._tenants.pop(request.id, None)
+            if tenant is not None:
+                tenant.end(time.monotonic(), end.output_tokens if end is not None else 0)
             if end is not None:
                 ends.append(end)
         return ends
+
+    def tenant_of(self, output_id: str) -> Tenant | None:
+        """In whose name an output in flight was asked for; `None` when there is none of that id."""
+        return self._tenants.get(output_id)
 
     def stop_accepting(self) -> None:
         """From now on requests are refused; those in flight go on."""

@@ -21,12 +21,11 @@ import hmac
 import logging
 import re
 import secrets
-import time
 import tomllib
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from datetime import time as time_of_day
 from enum import Enum
 from hashlib import blake2b, sha256
@@ -120,18 +119,16 @@ class Tenant:
     """One tenant: what it may call, and how much of it. The nameless one is everybody when nobody need log in."""
 
     def __init__(self, name: str, role: Role = Role.GENERATE, limits: Limits = Limits()) -> None:
-        self.name = name
+        self.name, self.role, self.limits = name, role, limits
         self.usage = Usage()
-        self.change(role, limits)
+        self._requests, self._tokens = _buckets(limits)
 
     def change(self, role: Role, limits: Limits) -> None:
         """Set role and limits; buckets of unchanged limits keep their level."""
-        same = hasattr(self, "limits") and limits == self.limits
-        self.role, self.limits = role, limits
-        if same:
-            return
-        self._requests = _bucket(limits.requests_per_second, limits.burst, 1.0)
-        self._tokens = _bucket(limits.tokens_per_second, limits.burst, 1.0)
+        self.role = role
+        if limits != self.limits:
+            self.limits = limits
+            self._requests, self._tokens = _buckets(limits)
 
     def check(self, now: float, outputs: int = 1) -> None:
         """Raises Refusal (RATE_LIMITED) when a request of so many outputs is too much now. Takes nothing."""
@@ -146,25 +143,27 @@ class Tenant:
     def count_request(self, now: float) -> None:
         """One more request, taken from the rate. Raises Refusal when it is used up."""
         self.check(now, outputs=0)
-        self.usage.requests += 1
-        if self._requests is not None:
-            self._requests.take(now, 1.0)
+        self._count(now)
 
     def begin(self, now: float, prompt_tokens: int, outputs: int = 1) -> None:
-        """A request goes to the engine. Raises Refusal when it is too much now."""
-        self.check(now, outputs)
-        self.count_request(now)
+        """A request that passed `check` goes to the engine."""
+        self._count(now)
         self.usage.in_flight += outputs
         self.usage.prompt_tokens += prompt_tokens
         if self._tokens is not None:
             self._tokens.take(now, prompt_tokens)
 
     def end(self, now: float, output_tokens: int, outputs: int = 1) -> None:
-        """The request that began has ended, with so many tokens in all of its outputs."""
+        """So many outputs that began have ended, with so many tokens in all."""
         self.usage.in_flight -= outputs
         self.usage.output_tokens += output_tokens
         if self._tokens is not None:
             self._tokens.take(now, output_tokens)
+
+    def _count(self, now: float) -> None:
+        self.usage.requests += 1
+        if self._requests is not None:
+            self._requests.take(now, 1.0)
 
     def _refuse(self, problem: str, option: str, wait: float) -> Refusal:
         self.usage.refused += 1
@@ -172,8 +171,13 @@ class Tenant:
         return Refusal(Reason.RATE_LIMITED, message, retry_after=wait, metadata={"limit": option})
 
 
-def _bucket(rate: float | None, burst: float, least: float) -> Bucket | None:
-    return None if rate is None else Bucket(rate, max(least, rate * burst))
+def _buckets(limits: Limits) -> tuple[Bucket | None, Bucket | None]:
+    """Of requests, and of tokens."""
+    requests, tokens = (
+        None if rate is None else Bucket(rate, max(1.0, rate * limits.burst))
+        for rate in (limits.requests_per_second, limits.tokens_per_second)
+    )
+    return requests, tokens
 
 
 ANYBODY: Final = Tenant("", Role.ADMIN)
@@ -274,7 +278,7 @@ class Tenants:
         if self._path is not None:
             found = (register.certificates.get(name) for name in names)
             return next((tenant for tenant in found if tenant is not None), None)
-        name = next((name for name in names if name), None)
+        name = next((name for name in names if name.isprintable() and 0 < len(name) <= 128), None)
         if name is None:
             return None
         return register.tenants.setdefault(name, Tenant(name))
@@ -412,7 +416,7 @@ def _number(place: str, table: Mapping[str, Any], key: str) -> float | None:
     return float(value)
 
 
-def token_entry(tenant: str, token: str, days: int | None = None) -> str:
+def token_entry(tenant: str, token: str, expires: datetime | None = None) -> str:
     """The lines of a tenants file that let a token in. Raises DriftError on a name that no tenant can have."""
     if not _NAME.fullmatch(tenant):
         raise DriftError(
@@ -420,9 +424,8 @@ def token_entry(tenant: str, token: str, days: int | None = None) -> str:
         )
     name = tenant if "." not in tenant else f'"{tenant}"'
     lines = [f"[[tenants.{name}.tokens]]", f'sha256 = "{digest_of(token)}"']
-    if days is not None:
-        end = datetime.fromtimestamp(time.time(), UTC) + timedelta(days=days)
-        lines.append(f"expires = {end:%Y-%m-%dT%H:%M:%SZ}")
+    if expires is not None:
+        lines.append(f"expires = {expires.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
     return "\n".join(lines) + "\n"
 
 
