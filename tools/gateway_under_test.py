@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +72,9 @@ class UnderTest:
 
 
 @asynccontextmanager
-async def gateway_running(max_in_flight: int = 1024, **engine: Any) -> AsyncIterator[UnderTest]:
+async def gateway_running(
+    max_in_flight: int = 1024, compat: Sequence[str] = (), **engine: Any
+) -> AsyncIterator[UnderTest]:
     """A gateway whose engine is ready; `engine` are fields of FakeEngine."""
     engines: list[FakeEngine] = []
 
@@ -81,7 +83,7 @@ async def gateway_running(max_in_flight: int = 1024, **engine: Any) -> AsyncIter
         return FakeProcess(engines[-1])
 
     supervisor = Supervisor(spawn, backoff=QUICK)
-    gateway = Gateway(supervisor, max_in_flight)
+    gateway = Gateway(supervisor, max_in_flight, compat=compat)
     await gateway.open(Address("127.0.0.1", 0))
     keeping: asyncio.Task[None] | None = None
     try:

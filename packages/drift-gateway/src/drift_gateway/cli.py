@@ -140,6 +140,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     "--http", metavar="HOST:PORT", help="Metrics, health and the dashboard over HTTP.  [default: off]"
 )
 @click.option(
+    "--compat", default="", metavar="NAMES",
+    help="Others' protocols to serve too: kserve (Triton's clients), vllm (smg); with commas.",
+)  # fmt: skip
+@click.option(
     "--insecure-bind",
     is_flag=True,
     help="Allow --listen on addresses that other machines reach: no TLS, no login.",
@@ -201,6 +205,7 @@ def serve(
     max_in_flight: int,
     grace: float,
     http: str | None,
+    compat: str,
     kv_memory: int | None,
     dispatch: tuple[str, dict[str, Any]],
     partition: tuple[str, dict[str, Any]],
@@ -213,8 +218,10 @@ def serve(
 
     from drift_core.engine import engine_config
     from drift_gateway import serving
+    from drift_gateway.compat import parse_compat
     from drift_gateway.server import parse_address
 
+    protocols = parse_compat(compat)
     config = engine_config(
         **engine,
         kv_memory_bytes=kv_memory,
@@ -227,7 +234,9 @@ def serve(
     )
     _check_policies(config)
     pages = None if http is None else parse_address(http)
-    options = serving.ServeOptions(config, parse_address(listen), insecure_bind, max_in_flight, grace, pages)
+    options = serving.ServeOptions(
+        config, parse_address(listen), insecure_bind, max_in_flight, grace, pages, protocols
+    )
     return serving.serve(options, Console(stderr=True))
 
 

@@ -44,6 +44,7 @@ class ServeOptions:
     """What `drift serve` was asked for.
 
     `grace`: seconds that running streams get when the server stops. `http`: where to serve metrics and pages.
+    `compat`: others' protocols to serve too.
     """
 
     engine: EngineConfig
@@ -52,6 +53,7 @@ class ServeOptions:
     max_in_flight: int = 1024
     grace: float = 10.0
     http: Address | None = None
+    compat: tuple[str, ...] = ()
 
 
 def serve(options: ServeOptions, console: Console) -> int:
@@ -71,7 +73,7 @@ async def _serve(options: ServeOptions, console: Console) -> int:
 
     display = StartUpDisplay(console)
     supervisor = Supervisor(spawn, on_starting=display.news)
-    gateway = Gateway(supervisor, options.max_in_flight)
+    gateway = Gateway(supervisor, options.max_in_flight, compat=options.compat)
     await gateway.open(options.address)
     pages = HttpPort()
     add_operations(pages, supervisor)
