@@ -22,6 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
+from drift_gateway.connection import Connection
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError
@@ -443,6 +444,11 @@ def _completion(output: _Collected) -> Completion:
 # ---------------------------------------------------------------------------------------------- clients
 
 
+def connection_to(target: str | Connection) -> Connection:
+    """A bare address is spoken to without TLS or token."""
+    return Connection(target) if isinstance(target, str) else target
+
+
 class Generation:
     """A running request: iterate over its events, or take it whole. Leaving the iteration early cancels it."""
 
@@ -476,10 +482,10 @@ class Generation:
 
 
 class DriftClient:
-    """A blocking client of one server. `target` is HOST:PORT. May be shared by threads."""
+    """A blocking client of one server: HOST:PORT, or a Connection with token and TLS. May be shared by threads."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+    def __init__(self, target: str | Connection) -> None:
+        self._channel = connection_to(target).open(CHANNEL_OPTIONS)
         self._generation = _GENERATION_STUB(self._channel)
         self._info = _INFO_STUB(self._channel)
 
@@ -578,10 +584,10 @@ class AsyncGeneration:
 
 
 class AsyncDriftClient:
-    """A client of one server on the running asyncio loop. `target` is HOST:PORT."""
+    """A client of one server on the running asyncio loop: HOST:PORT, or a Connection with token and TLS."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    def __init__(self, target: str | Connection) -> None:
+        self._channel = connection_to(target).open_async(CHANNEL_OPTIONS)
         self._generation = _GENERATION_STUB(self._channel)
         self._info = _INFO_STUB(self._channel)
 
