@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 
 import click
 
+from drift_gateway.cli_security import security_options
+from drift_gateway.connection import Connection, connection_options
 from drift_scheduler.errors import DriftError
 
 if TYPE_CHECKING:
     from drift_core.engine import EngineConfig
+    from drift_gateway.security import SecurityOptions
 
     # Older releases of click have no type parameters here.
     _SizeType = click.ParamType[int]
@@ -146,8 +149,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
 @click.option(
     "--insecure-bind",
     is_flag=True,
-    help="Allow --listen on addresses that other machines reach: no TLS, no login.",
+    help="Allow --listen on addresses that other machines reach, without TLS or without login.",
 )
+@security_options
 @click.option(
     "--dispatch",
     type=PolicySpec(),
@@ -206,6 +210,7 @@ def serve(
     grace: float,
     http: str | None,
     compat: str,
+    security: SecurityOptions,
     kv_memory: int | None,
     dispatch: tuple[str, dict[str, Any]],
     partition: tuple[str, dict[str, Any]],
@@ -235,7 +240,7 @@ def serve(
     _check_policies(config)
     pages = None if http is None else parse_address(http)
     options = serving.ServeOptions(
-        config, parse_address(listen), insecure_bind, max_in_flight, grace, pages, protocols
+        config, parse_address(listen), insecure_bind, max_in_flight, grace, pages, protocols, security
     )
     return serving.serve(options, Console(stderr=True))
 
@@ -256,13 +261,11 @@ def _check_policies(config: EngineConfig) -> None:
 
 
 @click.command()
-@click.option(
-    "--target", metavar="HOST:PORT", help="A running server.  [default: starts one with the demo model]"
-)
+@connection_options(help="A running server.  [default: starts one with the demo model]")
 @_exits
-def demo(target: str | None) -> int:
+def demo(connection: Connection | None) -> int:
     """Stream a handful of concurrent requests of very different lengths, and show how each fared."""
     _quiet_grpc()
     from drift_gateway.demo import run
 
-    return run(target)
+    return run(connection)

@@ -22,7 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from drift_gateway.connection import Connection
+from drift_gateway.connection import Connection, Tls
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError
@@ -444,9 +444,16 @@ def _completion(output: _Collected) -> Completion:
 # ---------------------------------------------------------------------------------------------- clients
 
 
-def connection_to(target: str | Connection) -> Connection:
-    """A bare address is spoken to without TLS or token."""
-    return Connection(target) if isinstance(target, str) else target
+def connection_to(target: str | Connection, token: str | None, tls: Tls | None) -> Connection:
+    """The connection to an address with this token and TLS, both perhaps absent; one that is made stays as it is."""
+    return Connection(target, token, tls) if isinstance(target, str) else target
+
+
+def unanswered(target: str, why: str) -> str:
+    """A line for people on a server that did not answer, and what to do."""
+    if "failed to connect" in why.lower():
+        why = f"nobody answers ({why.rpartition(': ')[2].lower()}); start a server with `drift serve --listen {target}`"
+    return f"{target}: {why}"
 
 
 class Generation:
@@ -484,8 +491,8 @@ class Generation:
 class DriftClient:
     """A blocking client of one server: HOST:PORT, or a Connection with token and TLS. May be shared by threads."""
 
-    def __init__(self, target: str | Connection) -> None:
-        self._channel = connection_to(target).open(CHANNEL_OPTIONS)
+    def __init__(self, target: str | Connection, token: str | None = None, tls: Tls | None = None) -> None:
+        self._channel = connection_to(target, token, tls).open(CHANNEL_OPTIONS)
         self._generation = _GENERATION_STUB(self._channel)
         self._info = _INFO_STUB(self._channel)
 
@@ -586,8 +593,8 @@ class AsyncGeneration:
 class AsyncDriftClient:
     """A client of one server on the running asyncio loop: HOST:PORT, or a Connection with token and TLS."""
 
-    def __init__(self, target: str | Connection) -> None:
-        self._channel = connection_to(target).open_async(CHANNEL_OPTIONS)
+    def __init__(self, target: str | Connection, token: str | None = None, tls: Tls | None = None) -> None:
+        self._channel = connection_to(target, token, tls).open_async(CHANNEL_OPTIONS)
         self._generation = _GENERATION_STUB(self._channel)
         self._info = _INFO_STUB(self._channel)
 

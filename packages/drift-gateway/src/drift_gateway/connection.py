@@ -33,9 +33,9 @@ class Tls:
     server's certificate must have, where it is not the host in the address.
     """
 
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
+    ca: Path | str | None = None
+    certificate: Path | str | None = None
+    key: Path | str | None = None
     server_name: str | None = None
 
 
@@ -137,11 +137,11 @@ def _may_be_a_token(token: str) -> bool:
     return bool(token) and all("!" <= character <= "~" for character in token)
 
 
-def _read(path: Path | None) -> bytes | None:
+def _read(path: Path | str | None) -> bytes | None:
     if path is None:
         return None
     try:
-        return path.read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise DriftError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -153,15 +153,17 @@ class _Refused(click.ClickException):
     exit_code = 2
 
 
-def connection_options(default: str | None = None, required: bool = False) -> Callable[[F], F]:
+def connection_options(
+    default: str | None = None, required: bool = False, help: str = "A running server."
+) -> Callable[[F], F]:
     """Give a click command --target, --token and the TLS options; it gets `connection: Connection`.
 
-    Without a default and not required, `connection` is None when no --target is given.
+    Without a default and not required, `connection` is None when no --target is given. `help` is of --target.
     """
     declared = (
         click.option(
             "--target", metavar="HOST:PORT", default=default, required=required, show_default=default is not None,
-            help="A running server.",
+            help=help,
         ),
         click.option(
             "--token", envvar=TOKEN_VARIABLE, show_envvar=True, metavar="TOKEN",

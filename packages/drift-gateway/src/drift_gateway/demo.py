@@ -34,6 +34,7 @@ from drift_gateway.client import (
     TokenDelta,
     Unavailable,
 )
+from drift_gateway.connection import Connection
 from drift_gateway.timeline_chart import Span, chart
 from drift_gateway.v1 import info_pb2
 from drift_scheduler.errors import DriftError
@@ -104,14 +105,14 @@ class History:
     spans: list[Span] = field(default_factory=list)
 
 
-def run(target: str | None = None, console: Console | None = None) -> int:
+def run(target: str | Connection | None = None, console: Console | None = None) -> int:
     """Run the demo against `target`, or a server of its own; the exit status."""
     if console is None:
         console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     return asyncio.run(_run(target, console))
 
 
-async def _run(target: str | None, console: Console) -> int:
+async def _run(target: str | Connection | None, console: Console) -> int:
     began = time.monotonic()
     async with _server(target) as address, AsyncDriftClient(address) as client:
         info = await client.wait_ready(10.0)
@@ -131,7 +132,7 @@ async def _run(target: str | None, console: Console) -> int:
 
 
 @asynccontextmanager
-async def _server(target: str | None) -> AsyncIterator[str]:
+async def _server(target: str | Connection | None) -> AsyncIterator[str | Connection]:
     """The address of a ready server: the one named, or one that lives as long as the demo."""
     if target is not None:
         yield target

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import grpc
 
@@ -41,6 +42,15 @@ class SecurityOptions:
             case _:
                 return None
 
+    def summary(self) -> str:
+        """In words, after "serving on ADDRESS"; empty where there is none."""
+        parts = ["with TLS"] if self.certificate is not None else []
+        if self.client_ca is not None:
+            parts.append("for clients with certificates")
+        if self.tenants is not None:
+            parts.append(f"for the tenants in {self.tenants}")
+        return "".join(f", {part}" for part in parts)
+
     def tls_files(self) -> TlsFiles | None:
         """The files of TLS, if any. Raises DriftError when one comes without those it needs."""
         if self.certificate is not None and self.key is not None:
@@ -55,10 +65,13 @@ class SecurityOptions:
         return None
 
 
+NO_SECURITY: Final = SecurityOptions()
+
+
 class Security:
     """TLS and authentication of one server, both perhaps absent. Raises DriftError on what is wrong with a file."""
 
-    def __init__(self, options: SecurityOptions = SecurityOptions()) -> None:
+    def __init__(self, options: SecurityOptions = NO_SECURITY) -> None:
         files = options.tls_files()
         self.tls = None if files is None else ServerTls(files)
         self.tenants: Tenants | None = None
@@ -66,6 +79,11 @@ class Security:
         if options.tenants is not None or options.client_ca is not None:
             self.tenants = Tenants(options.tenants)
             self.authenticator = Authenticator(self.tenants, certificates=options.client_ca is not None)
+
+    @property
+    def absent(self) -> bool:
+        """Whether there is neither TLS nor authentication."""
+        return self.tls is None and self.authenticator is None
 
     @property
     def interceptors(self) -> Sequence[grpc.aio.ServerInterceptor]:

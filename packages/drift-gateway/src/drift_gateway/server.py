@@ -23,7 +23,7 @@ from drift_core.link import EngineClient
 from drift_gateway.compat import add_services
 from drift_gateway.generation import Generations, GenerationService
 from drift_gateway.info import InfoService
-from drift_gateway.security import Security, SecurityOptions
+from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.supervisor import State, Supervisor
 from drift_gateway.v1 import generation_pb2, generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError
@@ -78,7 +78,10 @@ def parse_address(text: str) -> Address:
 
 
 def check_address(address: Address, insecure_bind: bool, security: SecurityOptions | None = None) -> None:
-    """Raises DriftError, saying why, when a server so secured may not or could not listen there."""
+    """Raises DriftError, saying why, when a server so secured may not or could not listen there.
+
+    `security` is `None` for a port that can have none.
+    """
     try:
         found = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -87,12 +90,16 @@ def check_address(address: Address, insecure_bind: bool, security: SecurityOptio
         raise DriftError(f"cannot listen on {address}: {error.strerror or error}") from error
     family, _, _, _, where = found[0]
     beyond = not ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback
-    missing = (security or SecurityOptions()).missing()
+    missing = (security or NO_SECURITY).missing()
     if beyond and missing is not None and not insecure_bind:
+        cure = (
+            "give --tls-cert and --tls-key with --tenants or --tls-client-ca, "
+            if security is not None
+            else ""
+        )
         raise DriftError(
-            f"{address} can be reached from other machines, and this server has {missing}; listen on 127.0.0.1, or "
-            "give --tls-cert and --tls-key with --tenants or --tls-client-ca, or add --insecure-bind where the "
-            "network is trusted"
+            f"{address} can be reached from other machines, and this server has {missing} there; listen on "
+            f"127.0.0.1, {cure}or add --insecure-bind where the network is trusted"
         )
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -33,6 +33,7 @@ from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
+from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.server import Address, Gateway, check_address
 from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
 
@@ -44,7 +45,7 @@ class ServeOptions:
     """What `drift serve` was asked for.
 
     `grace`: seconds that running streams get when the server stops. `http`: where to serve metrics and pages.
-    `compat`: others' protocols to serve too.
+    `compat`: others' protocols to serve too. `security`: TLS and who may call, for gRPC alone.
     """
 
     engine: EngineConfig
@@ -54,32 +55,36 @@ class ServeOptions:
     grace: float = 10.0
     http: Address | None = None
     compat: tuple[str, ...] = ()
+    security: SecurityOptions = NO_SECURITY
 
 
 def serve(options: ServeOptions, console: Console) -> int:
     """Serve until SIGINT or SIGTERM; the exit status. Raises DriftError on what the user can put right."""
-    check_address(options.address, options.insecure_bind)
+    check_address(options.address, options.insecure_bind, options.security)
+    security = Security(options.security)
     if options.http is not None:
         check_address(options.http, options.insecure_bind)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(options, console))
+        return runner.run(_serve(options, security, console))
 
 
-async def _serve(options: ServeOptions, console: Console) -> int:
+async def _serve(options: ServeOptions, security: Security, console: Console) -> int:
     async def spawn(path: Path) -> EngineProcess:
         return await ChildProcess.spawn(options.engine, path)
 
     display = StartUpDisplay(console)
     supervisor = Supervisor(spawn, on_starting=display.news)
-    gateway = Gateway(supervisor, options.max_in_flight, compat=options.compat)
+    gateway = Gateway(supervisor, options.max_in_flight, security, options.compat)
     await gateway.open(options.address)
     pages = HttpPort()
     add_operations(pages, supervisor)
     if options.http is not None:
         await pages.open(options.http)
     stop = _stop_signals()
+    if not security.absent:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, security.reload)
     try:
         with display:
             started = asyncio.ensure_future(supervisor.start())
@@ -89,7 +94,7 @@ async def _serve(options: ServeOptions, console: Console) -> int:
                 await asyncio.wait((started,))
                 return 0
             served = started.result()
-        display.summarise(served, Address(options.address.host, gateway.port))
+        display.summarise(served, Address(options.address.host, gateway.port), options.security)
         if options.http is not None:
             pages_at = Address(options.http.host, pages.port)
             console.print(f"metrics and pages on http://{pages_at}/", highlight=False)
@@ -176,7 +181,7 @@ class StartUpDisplay:
                 self._console.print(f"{frame.phase} …", highlight=False)
         self._progress.update(self._tasks[frame.phase], completed=frame.fraction)
 
-    def summarise(self, served: Served, address: Address) -> None:
+    def summarise(self, served: Served, address: Address, security: SecurityOptions) -> None:
         """The phase table, what is served, and a line to try it with."""
         ready = served.ready
         table = Table("phase", "seconds", title="start-up", title_justify="left")
@@ -199,19 +204,26 @@ class StartUpDisplay:
             highlight=False,
             soft_wrap=True,
         )
-        console.print(f"[bold green]serving on {address}[/]; try:", highlight=False)
+        console.print(f"[bold green]serving on {address}[/]{security.summary()}; try:", highlight=False)
         console.print(
-            f"  {client_line(address, served.tokenizer is not None)}",
+            f"  {client_line(address, served.tokenizer is not None, security)}",
             highlight=False,
             soft_wrap=True,
             markup=False,
         )
 
 
-def client_line(address: Address, text: bool = True) -> str:
+def client_line(address: Address, text: bool = True, security: SecurityOptions = NO_SECURITY) -> str:
     """A command that sends one request there, as text or as token ids."""
     prompt, field = ("'A list is'", "text") if text else ("token_ids=[1, 2, 3]", "token_ids")
+    imports, arguments = "from drift_gateway.client import DriftClient", f"'{address}'"
+    if security.certificate is not None:
+        own = ", 'client.pem', 'client.key'" if security.client_ca is not None else ""
+        imports += "; from drift_gateway.connection import Tls"
+        arguments += f", tls=Tls('ca.pem'{own})"
+    if security.tenants is not None and security.client_ca is None:
+        arguments += ", token='TOKEN'"
     return (
-        'python -c "from drift_gateway.client import DriftClient; '
-        f"print(DriftClient('{address}').generate({prompt}, max_tokens=40, temperature=0.0).complete().{field})\""
+        f'python -c "{imports}; '
+        f'print(DriftClient({arguments}).generate({prompt}, max_tokens=40, temperature=0.0).complete().{field})"'
     )
