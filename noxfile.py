@@ -27,6 +27,9 @@ BUILD_TOOLS = ("hatchling", "editables")
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "jsonschema", "transformers", "trustme")
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
 STUB_TOOLS = ("grpcio-tools==1.81.1", "buf-bin")
+# Clients nobody here wrote, each group in an environment of its own: they want different releases of protobuf.
+TRITON_CLIENT = ("tritonclient[grpc]==2.73.0",)
+OPENAI_CLIENT = ("smg==1.13.0", "openai==3.54.0")
 
 WORKSHOP_BIN = ROOT / ".nox" / "workshop" / ("Scripts" if os.name == "nt" else "bin")
 
@@ -141,6 +144,37 @@ def proto(session: nox.Session) -> None:
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     if changed:
         session.error(f"stubs differed from what proto/ says and were rewritten; commit {', '.join(changed)}")
+
+
+@nox.session(requires=["workshop"], default=False)
+def interop(session: nox.Session) -> None:
+    """Stream through tritonclient, smg with openai, buf curl and @grpc/grpc-js; needs node, npm and jq."""
+    folder = Path(session.create_tmp()).resolve()
+    for program in ("node", "npm", "jq"):
+        if shutil.which(program) is None:
+            session.error(f"{program} is not installed; the clients in JavaScript and the shell need it")
+    session.install(*CONSTRAINTS, "buf-bin", "virtualenv")
+    pythons = {}
+    for name, packages in (("triton", TRITON_CLIENT), ("openai", OPENAI_CLIENT)):
+        pythons[name] = folder / name / "bin" / "python"
+        if not pythons[name].exists():
+            session.run("python", "-m", "virtualenv", str(folder / name), silent=True)
+        session.run(str(pythons[name]), "-m", "pip", "install", "-q", *packages, external=True)
+    clients = folder / "examples" / "clients"
+    shutil.copytree(ROOT / "examples" / "clients", clients, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "proto", folder / "proto", dirs_exist_ok=True)
+    session.run(
+        "npm",
+        "--prefix",
+        str(clients),
+        "install",
+        "--no-package-lock",
+        "--no-audit",
+        "--no-fund",
+        external=True,
+    )
+    options = [f"--triton={pythons['triton']}", f"--openai={pythons['openai']}", f"--node={clients}"]
+    _in_workshop(session, "python", "tools/interop.py", f"--buf={Path(session.bin) / 'buf'}", *options)
 
 
 @nox.session(reuse_venv=False)
