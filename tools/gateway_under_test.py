@@ -19,6 +19,8 @@ from fake_engine import READY, FakeEngine
 
 from drift_core.frames import Ready
 from drift_gateway.client import AsyncDriftClient
+from drift_gateway.connection import Tls
+from drift_gateway.security import Security
 from drift_gateway.server import Address, Gateway
 from drift_gateway.supervisor import Backoff, EngineProcess, Supervisor
 
@@ -73,9 +75,15 @@ class UnderTest:
 
 @asynccontextmanager
 async def gateway_running(
-    max_in_flight: int = 1024, compat: Sequence[str] = (), **engine: Any
+    max_in_flight: int = 1024,
+    compat: Sequence[str] = (),
+    port: int = 0,
+    security: Security | None = None,
+    token: str | None = None,
+    tls: Tls | None = None,
+    **engine: Any,
 ) -> AsyncIterator[UnderTest]:
-    """A gateway whose engine is ready; `engine` are fields of FakeEngine."""
+    """A gateway whose engine is ready; `engine` are fields of FakeEngine, `token` and `tls` are the client's."""
     engines: list[FakeEngine] = []
 
     async def spawn(path: Path) -> EngineProcess:
@@ -83,13 +91,13 @@ async def gateway_running(
         return FakeProcess(engines[-1])
 
     supervisor = Supervisor(spawn, backoff=QUICK)
-    gateway = Gateway(supervisor, max_in_flight, compat=compat)
-    await gateway.open(Address("127.0.0.1", 0))
+    gateway = Gateway(supervisor, max_in_flight, security, compat)
+    await gateway.open(Address("127.0.0.1", port))
     keeping: asyncio.Task[None] | None = None
     try:
         await asyncio.wait_for(supervisor.start(), PATIENCE_S)
         keeping = asyncio.create_task(supervisor.keep_running())
-        async with AsyncDriftClient(f"127.0.0.1:{gateway.port}") as client:
+        async with AsyncDriftClient(f"127.0.0.1:{gateway.port}", token, tls) as client:
             yield UnderTest(gateway, supervisor, client, engines)
     finally:
         if keeping is not None:
