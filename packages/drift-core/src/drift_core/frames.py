@@ -36,7 +36,8 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
 
     `id` is unique among requests in flight. `sampling.n` is 1 and `sampling.stop` is empty: the gateway fans out
     and looks for stop strings. `arrival`: when the gateway received the request. `priority`: lower is earlier.
-    Targets are seconds. Requests share cached prefixes only with those of the same `salt`.
+    Targets are seconds, `inf` for none. Requests share cached prefixes only with those of the same `salt`;
+    `reuse_tokens`: leading tokens of the prompt worth keeping in the cache, `None` when nobody said.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
     priority: int
     salt: str
     arrival: float
+    reuse_tokens: int | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag="cancel"):
@@ -65,6 +67,42 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
     """End the engine process in order."""
 
 
+class Ping(msgspec.Struct, frozen=True, array_like=True, tag="ping"):
+    """Is the engine's loop alive? Answered by a `Pong` of the same number, from that loop."""
+
+    number: int
+
+
+class SetPolicy(msgspec.Struct, frozen=True, array_like=True, tag="set_policy"):
+    """Decide by other policies ("name:option=value") from the next step on; `None` keeps what is there.
+
+    This and the three below are answered by an `Answer` to the same `call`, and done between two steps.
+    """
+
+    call: int
+    dispatch: str | None = None
+    partition: str | None = None
+
+
+class FlushPrefixes(msgspec.Struct, frozen=True, array_like=True, tag="flush_prefixes"):
+    """Forget all cached prefixes that no request uses."""
+
+    call: int
+
+
+class StartTrace(msgspec.Struct, frozen=True, array_like=True, tag="start_trace"):
+    """Begin a decision log at `path`, which must not exist."""
+
+    call: int
+    path: str
+
+
+class StopTrace(msgspec.Struct, frozen=True, array_like=True, tag="stop_trace"):
+    """End the decision log."""
+
+    call: int
+
+
 # ---------------------------------------------------------------------------------- engine to gateway
 
 
@@ -79,6 +117,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The engine takes requests from now on. `directory`: where model and tokenizer were read from.
 
     `menu`: the partitions (prefill units, decode units). `kv_tokens`: positions the KV pool holds in all.
+    `prefill_seconds`: what its cost model expects of prompts of some numbers of tokens, alone on the whole device.
     """
 
     model: str
@@ -100,6 +139,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     slo_ttft: float
     slo_tbt: float
     eos_token_ids: list[int] = []
+    prefill_seconds: list[tuple[int, float]] = []
 
 
 class AcceptedItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -192,8 +232,35 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     usage: bool = True
 
 
-ToEngine = Submit | Cancel | Shutdown
-ToGateway = Starting | Ready | StepFrame | Failed
+class Pong(msgspec.Struct, frozen=True, array_like=True, tag="pong", gc=False):
+    """The engine's loop is alive. `busy`: seconds for which the work that a lane does has been under way, the longest;
+    `predicted`: seconds that were predicted for that work. Both 0 when nothing runs.
+    """
+
+    number: int
+    busy: float = 0.0
+    predicted: float = 0.0
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
+    """What became of a `call`. `error`: why it was not done, in one line; empty when it was.
+
+    `dispatch`, `partition`: the policies now in force. `pages`: how many were forgotten. `path`, `steps`: of the
+    decision log.
+    """
+
+    call: int
+    error: str = ""
+    dispatch: str = ""
+    partition: str = ""
+    pages: int = 0
+    path: str = ""
+    steps: int = 0
+
+
+Call = SetPolicy | FlushPrefixes | StartTrace | StopTrace
+ToEngine = Submit | Cancel | Shutdown | Ping | Call
+ToGateway = Starting | Ready | StepFrame | Failed | Pong | Answer
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _TO_ENGINE: Final[msgspec.msgpack.Decoder[ToEngine]] = msgspec.msgpack.Decoder(ToEngine)

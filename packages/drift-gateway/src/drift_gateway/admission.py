@@ -1,14 +1,14 @@
 """From a GenerateRequest to what the engine is asked: checked field by field, tokenised, bounded.
 
 Everything a client can get wrong is found here, before anything is allocated for it. Knows no sockets and no
-state beyond the served model.
+state beyond the served model; whether there is room for a request is the gate's business.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from uuid import uuid4
 
@@ -17,6 +17,8 @@ from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingError, SamplingParams
+from drift_gateway.calls import Call
+from drift_gateway.gate import Asked, Verdict
 from drift_gateway.prompts import chat_ids, given_ids, not_served, text_ids
 from drift_gateway.refusal import Reason, Refusal, invalid
 from drift_gateway.supervisor import Served
@@ -28,7 +30,8 @@ MAX_LABEL_CHARACTERS: Final = 128
 MAX_CLASS_CHARACTERS: Final = 64
 MAX_TARGET_MS: Final = 86_400_000.0
 MAX_PRIORITY: Final = 1000
-
+MAX_SALT_BYTES: Final = 128
+_PRINTABLE: Final = re.compile(r"[ -~]{1,128}")
 _REQUEST_ID: Final = re.compile(r"[!-\"$-~]{1,128}")
 _SAMPLING_FIELDS: Final = (
     "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -39,7 +42,11 @@ _STOPPING_FIELDS: Final = ("max_tokens", "min_tokens", "ignore_eos")
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that may go to the engine."""
+    """A request that may go to the engine. `slo` and `priority`: what it runs under, which the gate may have changed.
+
+    `salt`: what its cached prefixes are shared under, besides the tenant. `predicted_ttft`: seconds from arrival,
+    where known.
+    """
 
     request_id: str
     prompt: list[int]
@@ -47,13 +54,22 @@ class Admitted:
     slo: SLO
     priority: int
     arrival: float
+    salt: str = ""
+    reuse_tokens: int | None = None
+    predicted_ttft: float | None = None
+    demoted: bool = False
+
+    @property
+    def output_ids(self) -> list[str]:
+        """What the engine knows its outputs by."""
+        return [f"{self.request_id}#{k}" for k in range(self.sampling.n)]
 
     def frames(self) -> list[Submit]:
         """One per output: `n` requests of one output each that share the prompt."""
         unstopped = msgspec.structs.replace(self.sampling, stop=None)
         return [
             Submit(
-                id=f"{self.request_id}#{k}",
+                id=output_id,
                 prompt=self.prompt,
                 sampling=unstopped.child(k),
                 slo_ttft=self.slo.ttft,
@@ -61,41 +77,132 @@ class Admitted:
                 slo_e2e=self.slo.e2e,
                 slo_class=self.slo.name,
                 priority=self.priority,
-                salt="",
+                salt=self.salt,
                 arrival=self.arrival,
+                reuse_tokens=self.reuse_tokens,
             )
-            for k in range(self.sampling.n)
+            for k, output_id in enumerate(self.output_ids)
         ]
 
 
-async def admit(request: pb.GenerateRequest, served: Served, arrival: float) -> Admitted:
-    """Check and tokenise a request. Raises Refusal with the status and a line that names the field."""
-    ready = served.ready
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A request whose every field but the prompt was looked at. `prompt_tokens`: at least so many."""
+
+    request_id: str
+    sampling: SamplingParams
+    slo: SLO
+    priority: int
+    on_infeasible: int
+    prompt_tokens: int
+    session: str
+    cache_salt: str
+    reuse_tokens: int | None
+
+    def asked(self, call: Call, prompt: list[int] | None = None) -> Asked:
+        """For the gate, before or after the prompt was tokenised."""
+        return Asked(
+            slo=self.slo,
+            priority=self.priority,
+            on_infeasible=self.on_infeasible,
+            arrival=call.arrival,
+            deadline=call.deadline,
+            prompt_tokens=self.prompt_tokens if prompt is None else len(prompt),
+            max_tokens=self.sampling.max_tokens or 1,
+            outputs=self.sampling.n,
+        )
+
+    def admitted(self, prompt: list[int], verdict: Verdict, call: Call, now: float) -> Admitted:
+        """As the gate has it."""
+        return Admitted(
+            request_id=self.request_id,
+            prompt=prompt,
+            sampling=self.sampling,
+            slo=verdict.slo,
+            priority=verdict.newcomer.priority,
+            arrival=call.arrival,
+            salt=self.cache_salt,
+            reuse_tokens=self.reuse_tokens,
+            predicted_ttft=verdict.predicted_ttft(now - call.arrival),
+            demoted=verdict.demoted,
+        )
+
+
+def check(request: pb.GenerateRequest, ready: Ready) -> Checked:
+    """Look at all that takes no tokenizer. Raises Refusal with a line that names the field."""
     if request.HasField("model") and request.model != ready.model:
         raise not_served(request.model, ready)
-    request_id = _request_id(request)
-    slo = _slo(request.slo, ready)
-    priority = _within("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    checked = Checked(
+        request_id=_request_id(request),
+        sampling=_sampling(request, ready),
+        slo=_slo(request.slo, ready),
+        priority=_within("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY),
+        on_infeasible=_on_infeasible(request.slo),
+        prompt_tokens=max(1, len(request.token_ids.ids)),
+        session=_printable("prefix.session", request.prefix.session),
+        cache_salt=_salt(request.prefix),
+        reuse_tokens=request.prefix.reuse_tokens if request.prefix.HasField("reuse_tokens") else None,
+    )
     _check_labels(request.labels)
-    sampling = _sampling(request, ready)
-    prompt = await _prompt(request, served)
-    if len(prompt) >= ready.max_context:
+    if request.WhichOneof("input") is None:
+        raise invalid("input", "is missing; give one of text, token_ids, chat")
+    return _fitting(checked, checked.prompt_tokens, ready)
+
+
+async def tokenized(
+    request: pb.GenerateRequest, checked: Checked, served: Served
+) -> tuple[Checked, list[int]]:
+    """The prompt, and the request bounded by what is left of the context. Raises Refusal."""
+    match request.WhichOneof("input"):
+        case "text":
+            prompt = await text_ids(served, request)
+        case "chat":
+            prompt = await chat_ids(served, request)
+        case _:
+            prompt = given_ids("token_ids.ids", request.token_ids.ids, served.ready.vocab_size)
+    return _fitting(checked, len(prompt), served.ready), prompt
+
+
+def _fitting(checked: Checked, prompt_tokens: int, ready: Ready) -> Checked:
+    """With as many tokens to generate as there is room for after the prompt. Raises Refusal when there is none."""
+    if prompt_tokens >= ready.max_context:
         raise Refusal(
             Reason.NEVER_FITS,
-            f"the prompt has {len(prompt)} tokens and the model's context {ready.max_context}; "
+            f"the prompt has {prompt_tokens} tokens and the model's context {ready.max_context}; "
             "at least one must be left to generate",
         )
-    if len(prompt) >= ready.kv_tokens:
+    if prompt_tokens >= ready.kv_tokens:
         raise Refusal(
-            Reason.NEVER_FITS, f"the prompt has {len(prompt)} tokens and the whole KV pool {ready.kv_tokens}"
+            Reason.NEVER_FITS,
+            f"the prompt has {prompt_tokens} tokens and the whole KV pool {ready.kv_tokens}",
         )
-    room = min(ready.max_context, ready.kv_tokens) - len(prompt)
-    wanted = room if sampling.max_tokens is None else sampling.max_tokens
-    tokens = min(wanted, room)
-    sampling = msgspec.structs.replace(
+    room = min(ready.max_context, ready.kv_tokens) - prompt_tokens
+    sampling = checked.sampling
+    tokens = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+    fitting = msgspec.structs.replace(
         sampling, max_tokens=tokens, min_tokens=min(sampling.min_tokens, tokens)
     )
-    return Admitted(request_id, prompt, sampling, slo, priority, arrival)
+    return replace(checked, sampling=fitting)
+
+
+def _on_infeasible(slo: pb.SLO) -> int:
+    if slo.on_infeasible not in pb.OnInfeasible.values():
+        known = ", ".join(name.removeprefix("ON_INFEASIBLE_") for name in pb.OnInfeasible.keys()[1:])
+        raise invalid("slo.on_infeasible", f"{slo.on_infeasible} is none of {known}")
+    return slo.on_infeasible or pb.ON_INFEASIBLE_BEST_EFFORT
+
+
+def _printable(field: str, text: str) -> str:
+    if text and not _PRINTABLE.fullmatch(text):
+        raise invalid(field, "is not 1 to 128 printable ASCII characters")
+    return text
+
+
+def _salt(prefix: pb.PrefixHints) -> str:
+    size = len(prefix.cache_salt.encode())
+    if size > MAX_SALT_BYTES:
+        raise invalid("prefix.cache_salt", f"has {size} bytes, more than {MAX_SALT_BYTES}")
+    return prefix.cache_salt
 
 
 def _request_id(request: pb.GenerateRequest) -> str:
@@ -156,18 +263,6 @@ def _sampling(request: pb.GenerateRequest, ready: Ready) -> SamplingParams:
 
 def _present(message: Message, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
-
-
-async def _prompt(request: pb.GenerateRequest, served: Served) -> list[int]:
-    match request.WhichOneof("input"):
-        case "text":
-            return await text_ids(served, request)
-        case "token_ids":
-            return given_ids("token_ids.ids", request.token_ids.ids, served.ready.vocab_size)
-        case "chat":
-            return await chat_ids(served, request)
-        case _:
-            raise invalid("input", "is missing; give one of text, token_ids, chat")
 
 
 def _within(field: str, value: int, lowest: int, highest: int) -> int:

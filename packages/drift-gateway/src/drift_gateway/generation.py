@@ -17,8 +17,9 @@ import grpc
 from drift_core.link import Submission
 from drift_core.tokenizer import IncrementalDetokenizer
 from drift_gateway import prompts
-from drift_gateway.admission import Admitted, admit
+from drift_gateway.admission import Admitted, check, tokenized
 from drift_gateway.calls import Call, call_of
+from drift_gateway.gate import Gate, GateLimits, Verdict
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
 from drift_gateway.supervisor import Served, Supervisor
@@ -32,11 +33,11 @@ Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
 class Generations:
-    """Serves requests from whatever engine the supervisor keeps; at most `max_in_flight` outputs at a time."""
+    """Serves requests from whatever engine the supervisor keeps, as far as the gate lets them in."""
 
-    def __init__(self, supervisor: Supervisor, max_in_flight: int) -> None:
+    def __init__(self, supervisor: Supervisor, limits: GateLimits) -> None:
         self._supervisor = supervisor
-        self._max_in_flight = max_in_flight
+        self._gate = Gate(supervisor.ahead, limits)
 
     async def responses(
         self, request: pb.GenerateRequest, call: Call
@@ -48,13 +49,9 @@ class Generations:
         """
         supervisor = self._supervisor
         served = supervisor.serving()
-        self._check_room(served, 1)
-        admitted = await admit(request, served, call.arrival)
-        self._check_room(served, admitted.sampling.n)
-        log.debug(
-            "%s: %d prompt tokens, labels %s", admitted.request_id, len(admitted.prompt), request.labels
-        )
+        admitted, verdict = await self._admit(request, served, call)
         submission = supervisor.submit(served, admitted.frames())
+        supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
         timer = _end_at(call.deadline, submission)
         try:
             async with aclosing(_events(served, admitted, submission)) as events:
@@ -63,15 +60,26 @@ class Generations:
         finally:  # also on CancelledError, which goes on: the client left or its deadline passed
             if timer is not None:
                 timer.cancel()
+            for output_id in admitted.output_ids:
+                supervisor.ahead.remove(output_id)
             supervisor.ended(submission)
 
-    def _check_room(self, served: Served, outputs: int) -> None:
-        in_flight = served.client.in_flight
-        if in_flight + outputs > self._max_in_flight:
-            raise Refusal(
-                Reason.QUEUE_FULL,
-                f"{in_flight} outputs are in flight and at most {self._max_in_flight} are let in; try again later",
-            )
+    async def _admit(
+        self, request: pb.GenerateRequest, served: Served, call: Call
+    ) -> tuple[Admitted, Verdict]:
+        """Check, judge and tokenise. Raises Refusal; judges before tokenising too, as that may take long."""
+        checked = check(request, served.ready)
+        if request.WhichOneof("input") != "token_ids":
+            self._gate.judge(checked.asked(call), served.client.in_flight, time.monotonic())
+        checked, prompt = await tokenized(request, checked, served)
+        now = time.monotonic()
+        verdict = self._gate.judge(checked.asked(call, prompt), served.client.in_flight, now)
+        admitted = checked.admitted(prompt, verdict, call, now)
+        log.debug(
+            "%s: %d prompt tokens, session %r, labels %s",
+            admitted.request_id, len(prompt), checked.session, request.labels,
+        )  # fmt: skip
+        return admitted, verdict
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -175,4 +183,8 @@ def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.
         accepted.queue_position = known[0].queue_position
         if known[0].cached_tokens is not None:
             accepted.cached_tokens = known[0].cached_tokens
+    if admitted.predicted_ttft is not None:
+        accepted.predicted_ttft_ms = admitted.predicted_ttft * 1e3
+    if admitted.demoted:
+        accepted.demoted = True
     return pb.GenerateResponse(accepted=accepted)

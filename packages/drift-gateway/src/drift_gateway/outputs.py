@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from math import ceil
+from math import ceil, isfinite
 from typing import Protocol
 
 from drift_core.frames import FinishedItem, TokenLogprob
@@ -165,7 +165,8 @@ def timing(
     if not times:
         return proof
     proof.ttft_ms = (times[0] - arrival) * 1e3
-    proof.ttft_met = times[0] - arrival <= slo.ttft
+    if isfinite(slo.ttft):
+        proof.ttft_met = times[0] - arrival <= slo.ttft
     proof.e2e_ms = (times[-1] - arrival) * 1e3
     if slo.e2e is not None:
         proof.e2e_met = times[-1] - arrival <= slo.e2e
@@ -176,8 +177,9 @@ def timing(
         proof.tbt_p50_ms = percentile(gaps, 0.5) * 1e3
         proof.tbt_p99_ms = percentile(gaps, 0.99) * 1e3
         proof.tbt_max_ms = gaps[-1] * 1e3
-        proof.tbt_met = percentile(gaps, 0.99) <= slo.tbt
         proof.late_tokens = sum(gap > slo.tbt for gap in gaps)
+        if isfinite(slo.tbt):
+            proof.tbt_met = percentile(gaps, 0.99) <= slo.tbt
     return proof
 
 
@@ -187,11 +189,12 @@ def percentile(ordered: Sequence[float], fraction: float) -> float:
 
 
 def wire_slo(slo: SLO) -> pb.SLO:
-    """Targets as they go over the wire."""
-    message = pb.SLO(ttft_ms=slo.ttft * 1e3, tbt_ms=slo.tbt * 1e3)
+    """Targets as they go over the wire; those that there are not are absent."""
+    message = pb.SLO()
     setattr(message, "class", slo.name)
-    if slo.e2e is not None:
-        message.e2e_ms = slo.e2e * 1e3
+    for field, target in (("ttft_ms", slo.ttft), ("tbt_ms", slo.tbt), ("e2e_ms", slo.e2e)):
+        if target is not None and isfinite(target):
+            setattr(message, field, target * 1e3)
     return message
 
 

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from drift_core.link import EngineClient
 from drift_gateway.compat import add_services
+from drift_gateway.gate import GateLimits
 from drift_gateway.generation import Generations, GenerationService
 from drift_gateway.info import InfoService
 from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
@@ -119,7 +120,8 @@ def _why_not(address: Address, error: OSError) -> str:
 class Gateway:
     """A gRPC server in front of a supervised engine. `port` is the one taken, once `open` has returned.
 
-    `compat`: others' protocols to serve beside drift.v1, of `drift_gateway.compat.NAMES`.
+    `compat`: others' protocols to serve beside drift.v1, of `drift_gateway.compat.NAMES`. `limits`: who is let in;
+    without, at most `max_in_flight` outputs, and what follows from that.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Gateway:
         max_in_flight: int = 1024,
         security: Security | None = None,
         compat: Sequence[str] = (),
+        limits: GateLimits | None = None,
     ) -> None:
         self.supervisor = supervisor
         self.security = security if security is not None else Security()
@@ -137,9 +140,10 @@ class Gateway:
         supervisor.on_change = self._state_changed
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=self.security.interceptors)
-        self.generations = Generations(supervisor, max_in_flight)
+        limits = limits if limits is not None else GateLimits(max_in_flight)
+        self.generations = Generations(supervisor, limits)
         generation = GenerationService(supervisor, self.generations)
-        information = InfoService(supervisor, max_in_flight, self._stopping)
+        information = InfoService(supervisor, limits.max_in_flight, self._stopping)
         _ADD_GENERATION(generation, self._server)
         _ADD_INFO(information, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -31,6 +31,7 @@ from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.service_stats import EndedOutput, ServiceStats
 from drift_gateway.tenants import Tenant, cache_salt, current_tenant
 from drift_gateway.timeline import Timeline
+from drift_gateway.workload_ahead import WorkloadAhead
 from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.gateway")
@@ -139,6 +140,7 @@ class Supervisor:
         self.restarts = 0
         self.timeline = Timeline()
         self.stats = ServiceStats()
+        self.ahead = WorkloadAhead()
         self.on_change: Callable[[], None] = lambda: None
         self._spawn = spawn
         self._on_starting = on_starting
@@ -171,6 +173,12 @@ class Supervisor:
             raise
         finally:
             ended.cancel()
+        self.ahead.engine(
+            total_pages=facts.kv_pages,
+            page_tokens=facts.page_tokens,
+            max_running=facts.max_running,
+            prefill_seconds=facts.prefill_seconds,
+        )
         self.served = self.last_ready = Served(facts, client, tokenizer)
         self._ready_since = time.monotonic()
         self._change(State.READY)
@@ -304,6 +312,7 @@ class Supervisor:
     def _step(self, frame: StepFrame) -> None:
         self.timeline.step(frame)
         self.stats.step(frame)
+        self.ahead.step(frame)
 
     def _starting(self, frame: Starting) -> None:
         self.phase = frame
