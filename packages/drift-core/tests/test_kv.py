@@ -257,3 +257,20 @@ def test_a_pool_too_small_for_one_request_is_an_error_with_choices():
         CapacityError, match="holds 0 tokens, less than one request of 2048; give it at least 4"
     ):
         plan_pool(100, 2**15, 16, 2048)
+
+
+def test_flushing_forgets_cached_pages_and_leaves_those_in_use():
+    pool = Pool()
+    pool.run_to_end("gone", list(range(100, 112)))
+    used = pool.request("used", list(range(12)))
+    assert pool.kv.admit(used, 12, 13) == 0
+    pool.kv.commit("used", 12)
+    assert pool.kv.num_cached_pages == 3
+    assert pool.kv.flush() == 3
+    pool.kv.audit()
+    assert (pool.kv.num_cached_pages, pool.kv.flush()) == (0, 0)
+    assert pool.kv.lookup(pool.request("again", list(range(100, 112))), 12) == 0
+    assert pool.kv.lookup(pool.request("like", list(range(12))), 12) == 8, "still shared by who uses it"
+    pool.kv.release("used")
+    assert pool.kv.num_cached_pages == 3
+    pool.kv.audit()

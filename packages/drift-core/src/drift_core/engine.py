@@ -217,6 +217,10 @@ class Engine:
             RequestCancelled(request_id, FinishReason.STOP if stop else FinishReason.CANCELLED)
         )
 
+    def observe(self, observer: Observer) -> None:
+        """Tell another observer of every step. Before `run`."""
+        self._observers.append(observer)
+
     def run(self, deliver: Callable[[Step], None]) -> None:
         """Serve until `shut_down`, on the calling thread; `deliver` gets every step once."""
         serve(

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NoReturn
 
 from drift_core.engine import Engine, EngineConfig
@@ -28,7 +30,8 @@ from drift_core.frames import (
 )
 from drift_core.lanes_now import LanesNow
 from drift_core.link import EngineLink
-from drift_scheduler.domain import Accepted, Finished, FinishReason, Step, Tokens
+from drift_core.operations import Operations
+from drift_scheduler.domain import Accepted, Finished, FinishReason, Lane, Step, Tokens
 from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.engine")
@@ -76,6 +79,7 @@ class _Session:
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
+        self._operations: Operations | None = None
         self._ending = False
         self._last: LanesNow | None = None
 
@@ -91,6 +95,9 @@ class _Session:
                 self._submit(engine, frame)
             case Cancel(request_id, stop):
                 engine.cancel(request_id, stop=stop)
+            case _:
+                assert self._operations is not None, "an engine without operations"
+                self._operations.receive(frame)
 
     def gateway_gone(self) -> None:
         """The socket ended."""
@@ -98,11 +105,13 @@ class _Session:
 
     def serve(self, engine: Engine) -> None:
         """Say that it is ready and serve until told to end."""
+        operations = self._operations = Operations(engine, self.link.send)
         self._engine = engine
         if self._ending:
             return
         self.link.send(engine.facts(os.getpid()))
         engine.run(self._deliver)
+        operations.close()
 
     def _end(self) -> None:
         self._ending = True
@@ -120,17 +129,21 @@ class _Session:
 
     def _deliver(self, step: Step) -> None:
         """Send what a step has to tell, unless that is nothing."""
-        engine = self._engine
+        engine, operations = self._engine, self._operations
         assert engine is not None, "delivering before serving"
+        assert operations is not None
+        operations.after_step(step)
         lanes = engine.executor.lanes_now()
         if not step.outputs and lanes == self._last:
             return
         self._last = lanes
-        self.link.send(step_frame(engine, step, lanes))
+        self.link.send(step_frame(engine, step, lanes, operations.errors))
 
 
-def step_frame(engine: Engine, step: Step, lanes: LanesNow) -> StepFrame:
-    """One step in the gateway's words."""
+def step_frame(
+    engine: Engine, step: Step, lanes: LanesNow, errors: Mapping[Lane, float] = MappingProxyType({})
+) -> StepFrame:
+    """One step in the gateway's words. `errors`: how far the cost model was off lately, by lane."""
     accepted: list[AcceptedItem] = []
     tokens: list[TokensItem] = []
     finished: list[FinishedItem] = []
@@ -157,7 +170,12 @@ def step_frame(engine: Engine, step: Step, lanes: LanesNow) -> StepFrame:
         prefill_requests=lanes.prefill_requests,
         decode_requests=lanes.decode_requests,
         load=LoadItem(
-            len(scheduler.queue), scheduler.running, engine.executor.kv.free_pages, scheduler.preemptions
+            len(scheduler.queue),
+            scheduler.running,
+            engine.executor.kv.free_pages,
+            scheduler.preemptions,
+            errors.get(Lane.PREFILL),
+            errors.get(Lane.DECODE),
         ),
     )
 

@@ -252,6 +252,18 @@ class PagedKv:
             else:
                 self._idle[page] = None
 
+    def flush(self) -> int:
+        """Forget every cached prefix that no request uses; how many pages those were."""
+        for page in self._idle:
+            digest = self._hash_of[page]
+            assert digest is not None, f"page {page} is idle and caches nothing"
+            del self._published[digest]
+            self._hash_of[page] = None
+            self._empty.append(page)
+        pages = len(self._idle)
+        self._idle.clear()
+        return pages
+
     def page_table(self, request_id: str) -> npt.NDArray[np.int32]:
         """The request's pages in order; a read-only view that later calls on the pool leave as it is."""
         held = self._holder(request_id)

@@ -21,11 +21,15 @@ from typing import Final, cast
 
 from drift_core.frames import (
     AcceptedItem,
+    Answer,
+    Call,
     Cancel,
     Failed,
     FinishedItem,
     FrameError,
     FrameSplitter,
+    Ping,
+    Pong,
     Ready,
     Shutdown,
     Starting,
@@ -286,6 +290,10 @@ class EngineClient:
         self._server: asyncio.AbstractServer | None = None
         self._transport: asyncio.Transport | None = None
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
+        self.pong: Pong | None = None
+        """The latest answer to a `ping`."""
+        self._calls = 0
+        self._answers: dict[int, asyncio.Future[Answer]] = {}
 
     @classmethod
     async def listen(
@@ -342,6 +350,24 @@ class EngineClient:
         """Have the engine end a request, as STOP with `stop` and as CANCELLED without; its end is still reported."""
         self._send(Cancel(request_id, stop=stop))
 
+    def ping(self, number: int) -> None:
+        """Ask whether the engine's loop is alive; `pong` gets the answer."""
+        self._send(Ping(number))
+
+    async def ask(self, make: Callable[[int], Call]) -> Answer:
+        """Have the engine do what `make(call number)` says, between two of its steps. Raises EngineGone."""
+        if self.gone.done() or self._transport is None:
+            raise EngineGone("the engine is not running")
+        self._calls += 1
+        number = self._calls
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            self._send(make(number))
+            return await answer
+        finally:
+            self._answers.pop(number, None)
+
     def shut_down(self) -> None:
         """Ask the engine to end in order."""
         self._send(Shutdown())
@@ -368,6 +394,9 @@ class EngineClient:
         for _, submission in list(self._in_flight.values()):
             submission.fail(error)
         self._in_flight.clear()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
 
     def _send(self, frame: ToEngine) -> None:
         if self._transport is not None and not self.gone.done():
@@ -395,6 +424,12 @@ class EngineClient:
             case Ready():
                 if not self._ready.done():
                     self._ready.set_result(frame)
+            case Pong():
+                self.pong = frame
+            case Answer():
+                found = self._answers.get(frame.call)
+                if found is not None and not found.done():
+                    found.set_result(frame)
             case Failed():
                 if not self._ready.done():
                     self._ready.set_exception(EngineFailed(frame))

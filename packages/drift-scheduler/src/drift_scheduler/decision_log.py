@@ -28,6 +28,7 @@ from drift_scheduler.domain import (
     Finished,
     Gang,
     LaneFailed,
+    Nudged,
     Observation,
     PrefillDone,
     Request,
@@ -70,7 +71,7 @@ class DecisionLog:
         line: dict[str, Any] = {
             "step": record.index,
             "now": record.now,
-            "events": [self._event(event) for event in record.events],
+            "events": [self._event(event) for event in record.events if not isinstance(event, Nudged)],
             "view": view_digest(self._scheduler),
         }
         if step.gang is not None:
@@ -111,6 +112,8 @@ class DecisionLog:
                 return {"decode_done": event.seconds, "stopped": event.stopped}
             case LaneFailed():
                 return {"lane_failed": event.lane.value, "message": event.message}
+            case Nudged():
+                return {}
 
     def _add_news(self, line: dict[str, Any], step: Step) -> None:
         """What clients were told: gaps between tokens with how many had them, and ends."""

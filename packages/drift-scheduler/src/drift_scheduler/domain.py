@@ -79,7 +79,8 @@ class Request:
     before it*, so two requests share a prefix exactly as far as their leading keys agree; used by the
     counting KV, while the real KV derives its own from `prompt` and `salt`. `output_tokens`: the true output
     length where a trace knows it; executors that simulate use it, policies never see it.
-    `session`, `turn`, `think`: closed-loop traces; `think` is seconds between the previous turn's end and
+    `reuse_tokens`: leading prompt tokens that later requests are likely to bring again; what lies behind them is
+    evicted from the prefix cache first. `session`, `turn`, `think`: closed-loop traces; `think` is seconds between the previous turn's end and
     this arrival.
     """
 
@@ -97,6 +98,7 @@ class Request:
     session: str | None = None
     turn: int = 0
     think: float | None = None
+    reuse_tokens: int | None = None
 
 
 # --------------------------------------------------------------------------------------------- work
@@ -265,10 +267,12 @@ class RequestArrived:
 
 @dataclass(frozen=True, slots=True)
 class RequestCancelled:
-    """The client went away, or what it had so far was enough (`FinishReason.STOP`: a stop string)."""
+    """The client went away, or what it had so far was enough (`FinishReason.STOP`: a stop string), or it cannot go on
+    (`FinishReason.FAILED`); `message` says why."""
 
     request_id: str
     reason: FinishReason = FinishReason.CANCELLED
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +311,12 @@ class LaneFailed:
     message: str
 
 
-Event = RequestArrived | RequestCancelled | PrefillDone | DecodeDone | LaneFailed
+@dataclass(frozen=True, slots=True)
+class Nudged:
+    """Nothing happened; somebody wants the executor's `wait` to return. Decision logs leave it out."""
+
+
+Event = RequestArrived | RequestCancelled | PrefillDone | DecodeDone | LaneFailed | Nudged
 
 
 # ------------------------------------------------------------------------------------------ outputs

@@ -210,6 +210,7 @@ class Scheduler:
         self._dispatch = dispatch
         self._partitions = partitions
         self._fallback: DispatchPolicy = Alternate()
+        self._inherited: tuple[Flight | None, Flight | None] = (None, None)
         self._stopwatch = stopwatch
         self._view = LiveView(self)
         self._arrivals = 0
@@ -253,9 +254,37 @@ class Scheduler:
             case RequestArrived():
                 self._arrive(event.request)
             case RequestCancelled():
-                self._cancel(event.request_id, event.reason)
+                self._cancel(event.request_id, event.reason, event.message)
             case LaneFailed():
                 self._lane_failed(event)
+
+    # ------------------------------------------------------------------------- changes between steps
+
+    def set_policies(
+        self, dispatch: DispatchPolicy | None = None, partitions: PartitionPolicy | None = None
+    ) -> None:
+        """Decide by other policies from the next step on; `None` keeps what is there. Requests go on as they are.
+
+        Raises DriftError, with nothing changed, where the dispatch policy refuses the device.
+        """
+        if dispatch is not None:
+            refuse(self.device, dispatch)
+            self._dispatch = dispatch
+            self._inherited = (self.prefill_flight, self.decode_flight)
+            self.policy_faults = 0  # those were its predecessor's
+        if partitions is not None:
+            self._partitions = partitions
+
+    def forget_prefixes(self) -> int:
+        """Empty the KV pool of cached prefixes that no request uses; how many pages those were.
+
+        Raises DriftError where the pool cannot do that.
+        """
+        flush = getattr(self.kv, "flush", None)
+        if flush is None:
+            raise DriftError(f"a KV pool of type {type(self.kv).__name__} keeps its cached prefixes")
+        self.kv_epoch += 1  # what look-ups found may be gone
+        return int(flush())
 
     # ------------------------------------------------------------------------------ coming and going
 
@@ -295,11 +324,11 @@ class Scheduler:
             return f"the queue is full: {len(self.queue)} requests waiting"
         return None
 
-    def _cancel(self, request_id: str, reason: FinishReason) -> None:
+    def _cancel(self, request_id: str, reason: FinishReason, message: str) -> None:
         tracked = self.live.get(request_id)
         if tracked is None or tracked.ending:  # it ended while the cancellation was on its way
             return
-        self._announce_end(tracked, reason)
+        self._announce_end(tracked, reason, message)
         if self._in_flight(tracked):
             tracked.ending = True  # its lane still writes its pages; they go when the lane is done
             self._endings += 1
@@ -645,7 +674,8 @@ class Scheduler:
                 check_gang(self._view, gang)
         except IllegalGangError as error:
             gang = None
-            self._fault(f"{name} proposed {error}")
+            if not self._beside_inherited():
+                self._fault(f"{name} proposed {error}")
         except Exception as error:  # a third party's policy may raise anything; service goes on
             gang = None
             self._fault(f"{name} raised {type(error).__name__}: {error}")
@@ -664,6 +694,13 @@ class Scheduler:
         if self._faults:
             return True
         return self.prefill_flight is None and self.decode_flight is None
+
+    def _beside_inherited(self) -> bool:
+        """Whether a lane still does what an earlier policy began: what fits badly beside that is no fault."""
+        flights = (self.prefill_flight, self.decode_flight)
+        return any(
+            now is not None and now is then for now, then in zip(flights, self._inherited, strict=True)
+        )
 
     def _fault(self, message: str) -> None:
         self.policy_faults += 1

@@ -177,6 +177,15 @@ class CountingKv:
         self.free_pages += private
         self._empty += private
 
+    def flush(self) -> int:
+        """Forget every cached prefix that no request uses; how many pages those were."""
+        pages = sum(self._idle.values())
+        for run in self._idle:
+            del run.table[run.key]
+        self._idle.clear()
+        self._empty += pages
+        return pages
+
     def audit(self) -> None:
         """Assert that pages are conserved; for tests."""
         references: dict[_Run, int] = {}
