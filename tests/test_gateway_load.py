@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from drift_gateway.connection import Connection
 from drift_gateway.load import LoadOptions, measure
 from drift_gateway.load_account import Account, DeviceTime, Outcome
 from drift_gateway.load_prompts import PromptMaker, fit
@@ -47,7 +48,7 @@ def burst(tmp_path: Path, count: int, prompt: int = 20, output: int = 5, every_m
 
 
 async def load(under: UnderTest, **settings: Any) -> Report:
-    options = LoadOptions(under.target, **settings)
+    options = LoadOptions(Connection(under.target), **settings)
     return await measure(options, load_plugins(), Console(quiet=True))
 
 
@@ -206,7 +207,7 @@ def test_a_workload_arrives_as_the_trace_says(tmp_path: Path) -> None:
 
     async def body(under: UnderTest) -> None:
         report = await load(under, workload=trace, slo_ttft=0.7, slo_tbt=0.03, slo_class="gold")
-        first, second, third = sorted(under.engine.submits(), key=lambda submit: submit.arrival)
+        first, second, third = sorted(under.engine.submits(), key=lambda submit: submit.id)
         assert (len(first.prompt), len(second.prompt)) == (70, 64)
         assert first.prompt[:32] == second.prompt[:32]
         assert first.prompt[32:64] != second.prompt[32:64]
@@ -299,7 +300,7 @@ def test_ctrl_c_reports_what_was_done(tmp_path: Path) -> None:
 
 def test_nobody_there_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     async def body() -> None:
-        options = LoadOptions("127.0.0.1:1", burst(tmp_path, 1))
+        options = LoadOptions(Connection("127.0.0.1:1"), burst(tmp_path, 1))
         await measure(options, load_plugins(), Console(quiet=True))
 
     with pytest.raises(DriftError, match=r"^127\.0\.0\.1:1: .*drift serve --listen 127\.0\.0\.1:1"):
@@ -308,4 +309,4 @@ def test_nobody_there_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
 
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(DriftError, match="slo-tbt is -1"):
-        LoadOptions("x:1", "sharegpt", slo_tbt=-1.0).check()
+        LoadOptions(Connection("x:1"), "sharegpt", slo_tbt=-1.0).check()

@@ -10,20 +10,14 @@ from typing import Any
 import click
 
 from drift_gateway.cli import _exits, _quiet_grpc
+from drift_gateway.connection import Connection, connection_options
 
 DEFAULT_TARGET = "127.0.0.1:50051"
-
-target_option = click.option(
-    "--target",
-    default=DEFAULT_TARGET,
-    show_default=True,
-    metavar="HOST:PORT",
-    help="A running `drift serve`.",
-)
+INTERRUPTED = 130
 
 
 @click.command()
-@target_option
+@connection_options(default=DEFAULT_TARGET)
 @click.option(
     "--workload", required=True, metavar="NAME|PATH", help="A workload (`drift workloads`) or a trace file."
 )
@@ -63,7 +57,7 @@ target_option = click.option(
     help="Write the report as JSON to a file, or with - to stdout in place of the table.",
 )
 @_exits
-def load(json_path: str | None, **settings: Any) -> int:
+def load(connection: Connection, json_path: str | None, **settings: Any) -> int:
     """Send a workload at its own pace, whatever the server makes of it, and report as `drift simulate` does.
 
     Latency counts from the moment each request was meant to be sent. Ctrl-C ends the run and reports what was done.
@@ -75,9 +69,28 @@ def load(json_path: str | None, **settings: Any) -> int:
     from drift_scheduler.cli import emit
     from drift_scheduler.plugins import load as load_plugins
 
-    report = run(LoadOptions(**settings), load_plugins(strict=False), Console(stderr=True))
+    report = run(LoadOptions(connection, **settings), load_plugins(strict=False), Console(stderr=True))
     emit(report, json_path)
     return INTERRUPTED if report["config"]["interrupted"] else 0
 
 
-INTERRUPTED = 130
+@click.command()
+@connection_options(default=DEFAULT_TARGET)
+@click.option("--once", is_flag=True, help="Print one frame and end.")
+@click.option("--json", "lines", is_flag=True, help="Print readings as lines of JSON (schema drift.stats/1).")
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.05, 60),
+    default=0.5,
+    show_default=True,
+    help="Seconds between them.",
+)
+@_exits
+def top(connection: Connection, once: bool, lines: bool, interval: float) -> int:
+    """Show how a running server is doing: queue, latency against targets, the split of the device, KV pages."""
+    _quiet_grpc()
+    from rich.console import Console
+
+    from drift_gateway.top import run
+
+    return run(connection, Console(highlight=False), once=once, lines=lines, interval=interval)

@@ -22,7 +22,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drift_gateway import __version__
-from drift_gateway.client import CHANNEL_OPTIONS, AsyncDriftClient, RequestError, error_of
+from drift_gateway.client import CHANNEL_OPTIONS, AsyncDriftClient, RequestError, error_of, unanswered
+from drift_gateway.connection import Connection
 from drift_gateway.load_account import Account, DeviceTime, Outcome
 from drift_gateway.load_prompts import Prompt, PromptMaker
 from drift_gateway.v1 import generation_pb2 as pb
@@ -52,7 +53,7 @@ class LoadOptions:
     earlier runs left in the server's cache. `timeout`: seconds that one request may take. `duration`: stop sending
     after so many seconds."""
 
-    target: str
+    connection: Connection
     workload: str
     rate: float | None = None
     requests: int | None = None
@@ -98,7 +99,7 @@ class LoadOptions:
             "page_tokens": info.kv_pool.page_tokens,
             "max_running": info.kv_pool.max_running,
             "max_context_tokens": info.model.max_context_tokens,
-            "target": self.target,
+            "target": self.connection.target,
             "connections": self.connections,
             "timeout": self.timeout,
             "duration": self.duration,
@@ -122,8 +123,8 @@ def run(options: LoadOptions, registry: Registry, console: Console) -> Report:
 
 async def measure(options: LoadOptions, registry: Registry, console: Console) -> Report:
     """As `run`, on the running loop of the main thread."""
-    async with AsyncDriftClient(options.target) as client:
-        info = await _served(client, options.target)
+    async with AsyncDriftClient(options.connection) as client:
+        info = await _served(client, options.connection.target)
         slo = _targets(options, info)
         account = Account(info.device.units)
         async with _watching(client) as device:
@@ -144,7 +145,7 @@ async def _served(client: AsyncDriftClient, target: str) -> info_pb2.GetServerIn
             return info
         return await client.wait_ready(START_S)
     except RequestError as error:
-        raise DriftError(f"{target}: {error}; start a server with `drift serve --listen {target}`") from error
+        raise DriftError(unanswered(target, str(error))) from error
 
 
 def _targets(options: LoadOptions, info: info_pb2.GetServerInfoResponse) -> SLO:
@@ -229,7 +230,7 @@ class LoadRun:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, stop.set)
         channels = [
-            grpc.aio.insecure_channel(self._options.target, options=LOAD_CHANNEL_OPTIONS)
+            self._options.connection.open_async(LOAD_CHANNEL_OPTIONS)
             for _ in range(self._options.connections)
         ]
         self._calls = [_STUB(channel).Generate for channel in channels]

@@ -1,4 +1,4 @@
-"""What drift-gateway registers: the commands `drift serve`, `drift demo` and `drift load`.
+"""What drift-gateway registers: the commands `drift serve`, `drift demo`, `drift load` and `drift top`.
 
 Loaded by every `drift` command, so everything heavy is imported by the commands and not here.
 """
@@ -16,4 +16,4 @@ def drift_cli_commands() -> Mapping[str, Any]:
     """`drift serve`, `drift demo`, and the commands that talk to a running server."""
     from drift_gateway import cli, cli_clients
 
-    return {"serve": cli.serve, "demo": cli.demo, "load": cli_clients.load}
+    return {"serve": cli.serve, "demo": cli.demo, "load": cli_clients.load, "top": cli_clients.top}

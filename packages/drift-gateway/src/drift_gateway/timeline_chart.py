@@ -1,4 +1,4 @@
-"""The partition over time as lines of text: one bar per stretch of time, prefill from the left, decode from the right.
+"""The partition over time as text: one bar per stretch of time, or a strip that runs from left to right.
 
 Reads no clock and prints nothing.
 """
@@ -14,13 +14,14 @@ from rich.text import Text
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Seconds from `start` to `stop` with so many units busy in each lane."""
+    """Seconds from `start` to `stop` with so many units busy in each lane; `mixed_units` work for both."""
 
     start: float
     stop: float
-    prefill_units: int
-    decode_units: int
+    prefill_units: float
+    decode_units: float
     sharing: str
+    mixed_units: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Bin:
     prefill_units: float
     decode_units: float
     sharing: str
+    mixed_units: float = 0.0
 
 
 def bins(spans: Sequence[Span], count: int) -> list[Bin]:
@@ -73,3 +75,57 @@ def chart(spans: Sequence[Span], units: int, lines: int = 24, width: int = 48) -
         )
         drawn.append(bar)
     return drawn
+
+
+def columns(spans: Sequence[Span], start: float, stop: float, count: int) -> list[Bin]:
+    """Averages over `count` equal stretches of `[start, stop)`; time that no span covers is idle."""
+    width = (stop - start) / count
+    sums = [[0.0, 0.0, 0.0] for _ in range(count)]
+    times: list[dict[str, float]] = [{} for _ in range(count)]
+    for span in spans:
+        first = max(0, int((span.start - start) / width)) if span.start > start else 0
+        for k in range(first, count):
+            left = start + k * width
+            overlap = min(span.stop, left + width) - max(span.start, left)
+            if overlap <= 0:
+                if left >= span.stop:
+                    break
+                continue
+            column = sums[k]
+            column[0] += span.prefill_units * overlap
+            column[1] += span.decode_units * overlap
+            column[2] += span.mixed_units * overlap
+            times[k][span.sharing] = times[k].get(span.sharing, 0.0) + overlap
+    return [
+        Bin(
+            k * width,
+            prefill / width,
+            decode / width,
+            max(times[k], key=times[k].__getitem__) if times[k] else "idle",
+            mixed / width,
+        )
+        for k, (prefill, decode, mixed) in enumerate(sums)
+    ]
+
+
+def strip(entries: Sequence[Bin], units: int, rows: int = 6) -> list[Text]:
+    """Time from left to right, a character per entry; the whole device is `rows` high, prefill at the top."""
+    lines = []
+    for row in range(rows):
+        middle = (row + 0.5) / rows * units
+        line = Text()
+        for entry in entries:
+            line.append(*_mark(entry, middle, units))
+        lines.append(line)
+    return lines
+
+
+def _mark(entry: Bin, at: float, units: int) -> tuple[str, str]:
+    """What unit `at`, counted from the top, did."""
+    if at < entry.prefill_units:
+        return "█", "magenta"
+    if at >= units - entry.decode_units:
+        return "▒", "cyan"
+    if at < entry.prefill_units + entry.mixed_units:
+        return "▓", "yellow"
+    return "·", "dim"
