@@ -9,8 +9,11 @@ import grpc
 
 from drift_core.frames import Ready
 from drift_gateway import __version__
+from drift_gateway.installed import installed_plugins
 from drift_gateway.outputs import wire_slo
-from drift_gateway.refusal import Refusal, abort, invalid
+from drift_gateway.prompts import not_served
+from drift_gateway.refusal import Refusal, abort, invalid, refusals_as_statuses
+from drift_gateway.service_stats import ClassReport
 from drift_gateway.supervisor import Served, State, Supervisor
 from drift_gateway.timeline import Stretch
 from drift_gateway.v1 import info_pb2 as pb
@@ -58,6 +61,38 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
             _describe(info, supervisor.last_ready)
         return info
 
+    async def GetModel(
+        self,
+        request: pb.GetModelRequest,
+        context: grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse],
+    ) -> pb.GetModelResponse:
+        """One model that is served."""
+        async with refusals_as_statuses(context):
+            served = self._supervisor.last_ready or self._supervisor.serving()
+            if request.HasField("name") and request.name != served.ready.model:
+                raise not_served(request.name, served.ready, field="name")
+            return pb.GetModelResponse(model=_model(served))
+        raise AssertionError("the call was aborted")
+
+    async def ListModels(
+        self,
+        request: pb.ListModelsRequest,
+        context: grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse],
+    ) -> pb.ListModelsResponse:
+        """Every model that is served."""
+        served = self._supervisor.last_ready
+        return pb.ListModelsResponse(models=[] if served is None else [_model(served)])
+
+    async def ListPlugins(
+        self,
+        request: pb.ListPluginsRequest,
+        context: grpc.aio.ServicerContext[pb.ListPluginsRequest, pb.ListPluginsResponse],
+    ) -> pb.ListPluginsResponse:
+        """What is installed."""
+        async with refusals_as_statuses(context):
+            return pb.ListPluginsResponse(plugins=await asyncio.to_thread(installed_plugins))
+        raise AssertionError("the call was aborted")
+
     async def GetLoad(
         self,
         request: pb.GetLoadRequest,
@@ -87,6 +122,7 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
                     load=self._load(),
                     stretches=map(_stretch, stretches),
                     dropped=dropped,
+                    classes=map(_class_stats, self._supervisor.stats.classes(now)),
                 )
             )
             if last:
@@ -104,13 +140,40 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
             max_in_flight=self._max_in_flight,
             tokens_generated=timeline.tokens_generated,
             requests_finished=timeline.requests_finished,
+            waiting_prefill_tokens=supervisor.stats.waiting_prefill_tokens,
+            prompt_tokens=supervisor.stats.prompt_tokens,
+            cached_tokens=supervisor.stats.cached_tokens,
         )
+        if served is not None:
+            load.total_pages = served.ready.kv_pages
         if timeline.load is not None:
             load.waiting = timeline.load.waiting
             load.running = timeline.load.running
             load.free_pages = timeline.load.free_pages
             load.preemptions = timeline.load.preemptions
         return load
+
+
+def _class_stats(report: ClassReport) -> pb.ClassStats:
+    message = pb.ClassStats(finished=report.finished, goodput=report.goodput)
+    setattr(message, "class", report.name)
+    for field, share in (
+        ("ttft_attainment", report.ttft_attainment),
+        ("tbt_attainment", report.tbt_attainment),
+    ):
+        if share is not None:
+            setattr(message, field, share)
+    for field, seconds in (
+        ("ttft_p50_ms", report.ttft_p50),
+        ("ttft_p99_ms", report.ttft_p99),
+        ("tbt_p50_ms", report.tbt_p50),
+        ("tbt_p99_ms", report.tbt_p99),
+        ("ttft_target_ms", report.ttft_target),
+        ("tbt_target_ms", report.tbt_target),
+    ):
+        if seconds is not None:
+            setattr(message, field, seconds * 1e3)
+    return message
 
 
 def _interval(request: pb.WatchStatsRequest) -> float:
@@ -122,17 +185,7 @@ def _interval(request: pb.WatchStatsRequest) -> float:
 
 def _describe(info: pb.GetServerInfoResponse, served: Served) -> None:
     ready = served.ready
-    info.model.CopyFrom(
-        pb.Model(
-            name=ready.model,
-            vocab_size=ready.vocab_size,
-            max_context_tokens=ready.max_context,
-            num_layers=ready.num_layers,
-            dtype=ready.dtype,
-            has_tokenizer=served.tokenizer is not None,
-            has_chat_template=served.tokenizer is not None and served.tokenizer.has_chat_template,
-        )
-    )
+    info.model.CopyFrom(_model(served))
     info.device.CopyFrom(pb.Device(name=ready.device, units=ready.units, partition_menu=_menu(ready)))
     info.policies.CopyFrom(pb.Policies(dispatch=ready.dispatch, partition=ready.partition))
     info.kv_pool.CopyFrom(
@@ -144,6 +197,19 @@ def _describe(info: pb.GetServerInfoResponse, served: Served) -> None:
         )
     )
     info.slo_defaults.CopyFrom(wire_slo(SLO(ready.slo_ttft, ready.slo_tbt)))
+
+
+def _model(served: Served) -> pb.Model:
+    ready, tokenizer = served.ready, served.tokenizer
+    return pb.Model(
+        name=ready.model,
+        vocab_size=ready.vocab_size,
+        max_context_tokens=ready.max_context,
+        num_layers=ready.num_layers,
+        dtype=ready.dtype,
+        has_tokenizer=tokenizer is not None,
+        has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+    )
 
 
 def _menu(ready: Ready) -> list[pb.Partition]:

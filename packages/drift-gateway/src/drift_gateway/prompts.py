@@ -71,10 +71,10 @@ def tokenizer_of(served: Served, field: str) -> Tokenizer:
     return served.tokenizer
 
 
-def not_served(model: str, ready: Ready) -> Refusal:
+def not_served(model: str, ready: Ready, field: str = "model") -> Refusal:
     """MODEL_NOT_FOUND, naming the model that is served."""
     return Refusal(
-        Reason.MODEL_NOT_FOUND, f"model '{model}' is not served here; '{ready.model}' is", field="model"
+        Reason.MODEL_NOT_FOUND, f"model '{model}' is not served here; '{ready.model}' is", field=field
     )
 
 
