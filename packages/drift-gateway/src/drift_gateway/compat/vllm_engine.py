@@ -13,6 +13,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from drift_core.sampling_params import MAX_N
 from drift_gateway import __version__
 from drift_gateway.calls import Call, call_of
 from drift_gateway.compat.endings import finish_reason
@@ -233,17 +234,16 @@ class _Answer:
         self._stop_token_ids = frozenset(generation.stopping.stop_token_ids)
         self._top = generation.sampling.logprobs
         self._accepted = pb.Accepted()
-        self._outputs: dict[int, vllm.GenerateComplete] = {}
         self._last: dict[int, int] = {}
-        self._count = max(1, generation.sampling.n)
+        # Admission has not looked at n yet, so it is not believed here.
+        count = min(max(1, generation.sampling.n), MAX_N)
+        self._outputs = {index: vllm.GenerateComplete(index=index) for index in range(count)}
 
     def take(self, message: pb.GenerateResponse) -> vllm.GenerateResponse | None:
         """What to send for one event, if anything. Raises Refusal for ends that are errors."""
         match message.WhichOneof("event"):
             case "accepted":
                 self._accepted = message.accepted
-                # Admitted, so n is within bounds.
-                self._outputs = {index: vllm.GenerateComplete(index=index) for index in range(self._count)}
             case "token_delta" if message.token_delta.token_ids:
                 return self._tokens(message.token_delta)
             case "finished":
