@@ -27,6 +27,8 @@ BUILD_TOOLS = ("hatchling", "editables")
 TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "jsonschema", "transformers", "trustme")
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
 STUB_TOOLS = ("grpcio-tools==1.81.1", "buf-bin")
+# What proto/ said when it was last committed; it may only ever say more.
+BASELINE = "proto/baseline.binpb"
 # Clients nobody here wrote, each group in an environment of its own: they want different releases of protobuf.
 TRITON_CLIENT = ("tritonclient[grpc]==2.73.0",)
 OPENAI_CLIENT = ("smg==1.13.0", "openai==3.54.0")
@@ -132,18 +134,22 @@ def imports(session: nox.Session) -> None:
 
 @nox.session
 def proto(session: nox.Session) -> None:
-    """Lint the wire API, write its Python stubs again and fail if that changed a file."""
+    """Lint the wire API, refuse changes that break clients, write stubs and baseline again; fail if they changed."""
     session.install(*CONSTRAINTS, *STUB_TOOLS)
     session.run("buf", "lint")
+    session.run("buf", "breaking", "--against", BASELINE)
     out = "packages/drift-gateway/src"
     before = _stubs(out)
+    session.run("buf", "build", "--exclude-source-info", "--output", BASELINE)
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "proto").rglob("*.proto"))
     options = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     session.run("python", "-m", "grpc_tools.protoc", "-Iproto", *options, *sources)
     after = _stubs(out)
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
     if changed:
-        session.error(f"stubs differed from what proto/ says and were rewritten; commit {', '.join(changed)}")
+        session.error(
+            f"stubs or baseline differed from what proto/ says and were rewritten; commit {', '.join(changed)}"
+        )
 
 
 @nox.session(requires=["workshop"], default=False)
@@ -236,7 +242,8 @@ def _fingerprint() -> str:
 
 
 def _stubs(folder: str) -> dict[str, bytes]:
-    found = (path for path in (ROOT / folder).rglob("*_pb2*") if path.suffix in {".py", ".pyi"})
+    found = [path for path in (ROOT / folder).rglob("*_pb2*") if path.suffix in {".py", ".pyi"}]
+    found += [ROOT / BASELINE] if (ROOT / BASELINE).is_file() else []
     return {str(path.relative_to(ROOT)): path.read_bytes() for path in found}
 
 

@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress
+from drift_core.joining import Joining
 from drift_core.model.config import ModelConfig, load_config, model_directory
 from drift_scheduler import plugins
 from drift_scheduler.cost.fitted import FittedCost
@@ -69,10 +70,18 @@ def assemble(config: EngineConfig, progress: Progress) -> Engine:
         )
         observers = registry.observers(settings)
         decisions = DecisionLog(config.log, scheduler, settings) if config.log else None
-        return Engine(config, setup.model, setup.directory, executor, scheduler, observers, decisions)
+        joining = _joining(setup)
+        return Engine(
+            config, setup.model, setup.directory, executor, scheduler, observers, decisions, joining
+        )
     except BaseException:
         executor.close()
         raise
+
+
+def _joining(setup: Setup) -> Joining:
+    """What compiles forms. The vocabulary is read now, with the warm-up: no step may wait for that later."""
+    return Joining.of_model(setup.directory, setup.model.vocab_size, setup.model.eos_token_ids)
 
 
 def build_executor(

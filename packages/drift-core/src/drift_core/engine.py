@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import msgspec
 
 from drift_core.frames import Ready, Submit
-from drift_core.sampling_params import SamplingParams
+from drift_core.sampling_params import SamplingParams, Structured
 from drift_kernels.process import prepare_process
 from drift_scheduler.domain import SLO, Event, FinishReason, Request, RequestCancelled, Step
 from drift_scheduler.errors import DriftError
@@ -24,10 +25,12 @@ from drift_scheduler.loop import serve
 from drift_scheduler.protocols import Executor, KvPool
 
 if TYPE_CHECKING:
+    from drift_core.joining import Joining
     from drift_core.kv import PoolPlan
     from drift_core.lanes_now import LanesNow
     from drift_core.model.config import ModelConfig
     from drift_core.profile import Grid
+    from drift_core.structured import Matcher
     from drift_scheduler.cost.table import CostTable
     from drift_scheduler.decision_log import DecisionLog
     from drift_scheduler.protocols import Observer
@@ -97,8 +100,11 @@ class ModelExecutor(Executor, Protocol):
     def identity(self) -> tuple[object, ...]:
         """All that its times depend on, short of the processor."""
 
-    def arrive(self, request: Request, sampling: SamplingParams) -> None:
-        """Queue a request with its prompt, from any thread. Raises DriftError when its id is in use."""
+    def arrive(self, request: Request, sampling: SamplingParams, matcher: Matcher | None = None) -> None:
+        """Queue a request with its prompt, from any thread. Raises DriftError when its id is in use.
+
+        `matcher`: of the form its output must have. An executor that cannot keep to one raises DriftError.
+        """
 
     def post(self, event: Event) -> None:
         """Queue another event, from any thread."""
@@ -131,7 +137,9 @@ class Engine:
         scheduler: Scheduler,
         observers: Iterable[Observer] = (),
         decisions: DecisionLog | None = None,
+        joining: Joining | None = None,
     ) -> None:
+        """joining: what compiles the forms of outputs; without, there are none."""
         self.config = config
         self.model = model
         self.directory = directory
@@ -139,6 +147,8 @@ class Engine:
         self.scheduler = scheduler
         self._observers = list(observers)
         self._decisions = decisions
+        self._joining = joining
+        self._arriving = threading.Lock()
         if decisions is not None:
             self._observers.append(decisions)
 
@@ -182,8 +192,12 @@ class Engine:
             eos_token_ids=list(self.model.eos_token_ids),
         )
 
-    def submit(self, submission: Submit) -> None:
-        """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take."""
+    def submit(self, submission: Submit, refused: Callable[[DriftError], None] | None = None) -> None:
+        """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take.
+
+        One whose output has a form is queued when that is compiled, on another thread where that takes time;
+        `refused` is called instead, perhaps on that thread, when it turns out not to be one.
+        """
         sampling, prompt = submission.sampling, submission.prompt
         self.check(prompt, sampling)
         room = max(
@@ -199,7 +213,27 @@ class Engine:
             prompt=prompt,
             salt=submission.salt,
         )
-        self.executor.arrive(request, sampling)
+        if sampling.structured is None:
+            with self._arriving:
+                self.executor.arrive(request, sampling)
+            return
+
+        def ready(matcher: Matcher) -> None:
+            with self._arriving:
+                self.executor.arrive(request, sampling, matcher)
+
+        told = refused if refused is not None else _unheard
+        self._forms(sampling.structured).join(
+            request.id, sampling.structured, ready, told, self.executor.post
+        )
+
+    def prepare(self, sampling: SamplingParams) -> None:
+        """Compile the form of outputs, if they have one, so that their requests need not wait for it: waits itself.
+
+        Raises DriftError naming the field when it is none.
+        """
+        if sampling.structured is not None:
+            self._forms(sampling.structured).compiled(sampling.structured)
 
     def check(self, prompt: list[int], sampling: SamplingParams) -> None:
         """Raise DriftError unless prompt and sampling are ones this model can take; lengths are not looked at."""
@@ -213,9 +247,9 @@ class Engine:
 
     def cancel(self, request_id: str, *, stop: bool = False) -> None:
         """End a request; `stop`: it has said enough, which is no cancellation. Unknown ids are no fault."""
-        self.executor.post(
-            RequestCancelled(request_id, FinishReason.STOP if stop else FinishReason.CANCELLED)
-        )
+        event = RequestCancelled(request_id, FinishReason.STOP if stop else FinishReason.CANCELLED)
+        if self._joining is None or not self._joining.hold(event):
+            self.executor.post(event)
 
     def observe(self, observer: Observer) -> None:
         """Tell another observer of every step. Before `run`."""
@@ -238,14 +272,25 @@ class Engine:
 
     def close(self) -> None:
         """End the lanes and the decision log. After `run` has returned."""
+        if self._joining is not None:
+            self._joining.close()
         self.executor.close()
         if self._decisions is not None:
             self._decisions.close()
+
+    def _forms(self, structured: Structured) -> Joining:
+        if self._joining is None:
+            raise DriftError(f"{structured.field}: this engine holds no output to a form")
+        return self._joining
 
     def _deliver(self, step: Step, deliver: Callable[[Step], None]) -> None:
         for fault in step.faults:
             log.warning("scheduler: %s", fault)
         deliver(step)
+
+
+def _unheard(error: DriftError) -> None:
+    log.error("a request was refused and nobody is there to be told: %s", error)
 
 
 def _dropped(observer: Observer, error: Exception) -> None:

@@ -119,13 +119,16 @@ class _Session:
             self._engine.shut_down()
 
     def _submit(self, engine: Engine, frame: Submit) -> None:
-        try:
-            engine.submit(frame)
-        except (DriftError, ValueError) as error:
+        def refused(error: Exception) -> None:
             now = time.monotonic()
             reason = FinishReason.REJECTED.value
             item = FinishedItem(frame.id, reason, _plain(error), arrival=frame.arrival, finished=now)
             self.link.send(StepFrame(now, finished=[item]))
+
+        try:
+            engine.submit(frame, refused)
+        except (DriftError, ValueError) as error:
+            refused(error)
 
     def _deliver(self, step: Step) -> None:
         """Send what a step has to tell, unless that is nothing."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from drift_scheduler.domain import (
     DecodeStep,
     Device,
     Event,
+    FinishReason,
     Gang,
     Lane,
     LaneFailed,
@@ -41,8 +42,12 @@ from drift_scheduler.domain import (
     PrefillDone,
     Request,
     RequestArrived,
+    RequestCancelled,
     Sharing,
 )
+
+if TYPE_CHECKING:
+    from drift_core.structured import Matcher
 
 _SEED_STRIDE = 1 << 40  # engines of different seeds give their requests different ones
 
@@ -144,12 +149,17 @@ class CpuExecutor:
 
     # ------------------------------------------------------------------------------------- from outside
 
-    def arrive(self, request: Request, sampling: SamplingParams) -> None:
-        """Queue a request with its prompt. Raises DriftError when its id is in use."""
+    def arrive(self, request: Request, sampling: SamplingParams, matcher: Matcher | None = None) -> None:
+        """Queue a request with its prompt. Raises DriftError when its id is in use.
+
+        `matcher`: of the form its output must have.
+        """
         assert request.prompt is not None, f"request '{request.id}' has no prompt"
         model, self._arrivals = self._decoder.config, self._arrivals + 1
         fallback_seed = self._seed * _SEED_STRIDE + self._arrivals
-        sampler = SamplerState(sampling, request.prompt, model.eos_token_ids, model.vocab_size, fallback_seed)
+        sampler = SamplerState(
+            sampling, request.prompt, model.eos_token_ids, model.vocab_size, fallback_seed, matcher
+        )
         self._sequences.add(request.id, request.prompt, sampler)
         self.post(RequestArrived(request))
 
@@ -357,4 +367,6 @@ class CpuExecutor:
         result = sample(self._decoder.logits(rows), [state.sampler for state in batch.states])
         for state, token in zip(batch.states, result.token_ids, strict=True):
             state.tokens.append(token)
+        for row, why in result.faults:
+            self.post(RequestCancelled(batch.sample_ids[row], FinishReason.FAILED, why))
         return _Sampled(batch.sample_ids, result.token_ids, result.stopped, result.logprobs)

@@ -219,6 +219,7 @@ class _Work:
                 f"context of {limit}"
             )
         self._engine.check(prompt, params)
+        self._engine.prepare(params)
         output = RequestOutput(request_id, text, prompt, [])
         for index in range(params.n):
             child = request_id if params.n == 1 else f"{request_id}#{index}"
@@ -237,9 +238,11 @@ class _Work:
         """Submit all, then listen. What has not ended when the caller is interrupted is cancelled."""
         try:
             for request_id, prompt, params in self._submissions:
-                self._engine.submit(self._submission(request_id, prompt, params, priority))
+                self._engine.submit(self._submission(request_id, prompt, params, priority), news.put)
             while self._pending:
                 outputs = news.get()
+                if isinstance(outputs, DriftError):  # a request whose form turned out to be none
+                    raise outputs
                 if isinstance(outputs, Exception):
                     raise DriftError(f"the engine failed: {type(outputs).__name__}: {outputs}") from outputs
                 for output in outputs:
@@ -318,7 +321,8 @@ class _Pending:
         if output.logprobs is not None and output.cumulative_logprob is not None and logprob is not None:
             output.logprobs.append(logprob)
             output.cumulative_logprob += logprob.logprob
-        if token in self._stop_ids and len(output.token_ids) > self._params.min_tokens:
+        ends = len(output.token_ids) > self._params.min_tokens or self._params.structured is not None
+        if token in self._stop_ids and ends:
             output.stop_reason = None if token not in (self._params.stop_token_ids or ()) else token
             return False  # the engine ends it; its text is no part of the output
         self._text.append(self._detokenizer.push([token]))

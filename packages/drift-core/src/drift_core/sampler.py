@@ -1,8 +1,8 @@
 """The next token of each row of logits: vLLM's order of operations, one random number per token.
 
-Per row: logit bias; repetition, frequency and presence penalties; end-of-text and stop tokens barred before
-`min_tokens`; temperature; min-p; top-k; top-p over what those left; then one draw. Knows nothing of requests,
-lanes or pages; rows do not influence each other.
+Per row: logit bias; repetition, frequency and presence penalties; what the output's form does not allow;
+end-of-text and stop tokens barred before `min_tokens`; temperature; min-p; top-k; top-p over what those left; then
+one draw. Knows nothing of requests, lanes or pages; rows do not influence each other.
 
 The n-th generated token of a request uses the n-th number of the request's own stream, a function of its seed and
 n alone: batches, preemption and recomputation do not change what it draws. Tokens as likely as the last one a
@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from torch import Tensor
 
 from drift_core.frames import TokenLogprob
 from drift_core.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from drift_core.structured import Matcher
 
 Row = npt.NDArray[np.float32]  # logits of one row, [V]
 Rows = npt.NDArray[np.float32]  # [R, V]
@@ -40,6 +43,7 @@ CUTS: Final = (-10.0, -20.0, -math.inf)
 below -10 has a weight under 1/20000 of the likeliest one's; few filters need more."""
 
 _CUT_ROUNDING: Final = 1e-3
+_HUGE: Final = 1e30
 
 _RUN: Final = 128  # weights summed at once when drawing from a whole vocabulary
 _CACHED: Final = 1 << 17  # logits worked on at once, so that they stay in a core's cache
@@ -49,12 +53,13 @@ class SamplerState:
     """What the sampler keeps of one request between tokens.
 
     `eos_token_ids`: the model's; they end the request unless `params.ignore_eos`. `fallback_seed` is used where
-    `params.seed` is `None`; drawn at random when not given.
+    `params.seed` is `None`; drawn at random when not given. `matcher`: how far the output is in the form it must
+    have; of this request alone. Where it has a `fault`, the tokens chosen mean nothing any more.
     """
 
     __slots__ = (
         "_barred", "_counts", "_seed", "_seen", "_slots",
-        "filtered", "generated", "params", "plain", "scale", "stop_ids",
+        "filtered", "generated", "matcher", "params", "plain", "scale", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -64,8 +69,10 @@ class SamplerState:
         eos_token_ids: Sequence[int],
         vocab_size: int,
         fallback_seed: int | None = None,
+        matcher: Matcher | None = None,
     ) -> None:
         self.params = params
+        self.matcher = matcher
         self.generated = 0
         self.scale = 1.0 / max(params.temperature, MIN_TEMPERATURE)
         limited = params.top_p < 1.0 or 0 < params.top_k < vocab_size or params.min_p > 0.0
@@ -82,7 +89,7 @@ class SamplerState:
         self._counts: npt.NDArray[np.float32] = np.empty(0, np.float32)
         if params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
             self._remember_prompt(prompt_token_ids, vocab_size)
-        self.plain = not (params.logit_bias or self._barred or self._slots is not None)
+        self.plain = not (params.logit_bias or self._barred or matcher is not None or self._slots is not None)
         """Whether the row's logits are used as they are."""
 
     def uniform(self) -> float:
@@ -99,7 +106,9 @@ class SamplerState:
                 row[token] += bias
         if self._slots:
             self._penalise(row)
-        if self.generated < self.params.min_tokens:
+        if self.matcher is not None:
+            self._confine(row, self.matcher.allowed())
+        elif self.generated < self.params.min_tokens:
             row[self._barred] = -np.inf
         return row
 
@@ -113,7 +122,27 @@ class SamplerState:
                 self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
             self._seen[slot] = token
             self._counts[slot] += 1
-        return token in self.stop_ids and self.generated > self.params.min_tokens
+        ends = token in self.stop_ids and self.generated > self.params.min_tokens
+        return ends if self.matcher is None else self._record_in_form(self.matcher, token, ends)
+
+    def _confine(self, row: Row, allowed: npt.NDArray[np.bool_]) -> None:
+        """Leave what the form allows, and of that no end before `min_tokens` unless nothing else is left."""
+        if self.generated < self.params.min_tokens and self._barred:
+            going_on = allowed.copy()
+            going_on[self._barred] = False
+            allowed = going_on if going_on.any() else allowed
+        lowest = row.min(where=allowed, initial=np.inf)
+        if not math.isfinite(lowest):  # a bias or a broken model; the form holds all the same
+            row[allowed] = np.nan_to_num(row[allowed], nan=0.0, posinf=_HUGE, neginf=-_HUGE)
+        row[~allowed] = -np.inf
+
+    def _record_in_form(self, matcher: Matcher, token: int, ends: bool) -> bool:
+        """Note a token of the form; where the form ends the output ends, however few tokens it took."""
+        complete = matcher.complete
+        matcher.accept(token)
+        if matcher.fault is not None:
+            return False  # whoever runs the request ends it
+        return ends or (complete and token in matcher.ends)
 
     def _remember_prompt(self, prompt_token_ids: Sequence[int], vocab_size: int) -> None:
         """Start the table of tokens that penalties concern; of the prompt, that is repetition alone."""
@@ -138,11 +167,15 @@ class SamplerState:
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """One entry per row. `stopped`: the token is an end-of-text or stop token. `logprobs`: `None` if nobody asked."""
+    """One entry per row. `stopped`: the token is an end-of-text or stop token. `logprobs`: `None` if nobody asked.
+
+    `faults`: rows whose output cannot be kept in its form any longer, and why; their tokens mean nothing.
+    """
 
     token_ids: list[int]
     stopped: list[bool]
     logprobs: list[TokenLogprob | None] | None = None
+    faults: tuple[tuple[int, str], ...] = ()
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> SampleResult:
@@ -150,6 +183,7 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> SampleResult:
     assert len(states) == len(logits), f"{len(logits)} rows of logits for {len(states)} states"
     logits = logits.detach()
     wanted = any(state.params.logprobs is not None for state in states)
+    formed: list[int] = []
     if not wanted and all(state.params.greedy and state.plain for state in states):
         tokens = _argmax(logits)
         logprobs = None
@@ -158,9 +192,15 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> SampleResult:
         # What is infinitely unlikely may be so, and a broken model's row is no reason to stop the others.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             tokens = _choose_all(rows, states)
+            formed = [row for row, state in enumerate(states) if state.matcher is not None]
             logprobs = _logprobs(rows, states, tokens) if wanted else None
     stopped = [state.record(token) for state, token in zip(states, tokens, strict=True)]
-    return SampleResult(tokens, stopped, logprobs)
+    return SampleResult(tokens, stopped, logprobs, _faults(states, formed) if formed else ())
+
+
+def _faults(states: Sequence[SamplerState], formed: Sequence[int]) -> tuple[tuple[int, str], ...]:
+    matchers = ((row, states[row].matcher) for row in formed)
+    return tuple((row, each.fault) for row, each in matchers if each is not None and each.fault is not None)
 
 
 def _argmax(logits: Tensor) -> list[int]:

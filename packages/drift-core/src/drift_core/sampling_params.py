@@ -8,8 +8,9 @@ no torch: the gateway uses it too.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import msgspec
 
@@ -25,6 +26,12 @@ MAX_STOP_TOKEN_IDS: Final = 128
 MAX_LOGIT_BIAS_ENTRIES: Final = 300
 MAX_LOGPROBS: Final = 20
 MAX_TOKEN_ID: Final = (1 << 31) - 1
+MAX_SCHEMA_BYTES: Final = 64 * 1024
+MAX_REGEX_BYTES: Final = 8 * 1024
+MAX_CHOICES: Final = 1024
+MAX_CHOICES_BYTES: Final = 64 * 1024
+MAX_NESTING: Final = 64
+"""Levels of brackets in a schema or of groups in a regular expression."""
 
 GREEDY_BELOW: Final = 1e-5
 """Temperatures below this mean greedy, as in vLLM."""
@@ -38,6 +45,55 @@ class SamplingError(DriftError, ValueError):
     def __init__(self, field: str, value: object, expected: str) -> None:
         super().__init__(f"{field} must be {expected}, not {_shown(value)}")
         self.field = field
+
+
+FormKind = Literal["json_schema", "regex", "choice"]
+
+
+class Structured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The form an output must have. Raises SamplingError when it is larger than any form may be.
+
+    `kind` "json_schema": a JSON value that satisfies the JSON Schema `value` (at most 64 KiB of JSON text).
+    "regex": a text that the regular expression `value` (at most 8 KiB) matches as a whole. "choice": one of the
+    texts `value` (at most 1024 of them, 64 KiB in all, none empty, no two the same). Whether there is such a form
+    is found when it is compiled (`drift_core.structured`).
+    """
+
+    kind: FormKind
+    value: str | tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(FormKind):
+            raise SamplingError("structured", self.kind, f"one of {', '.join(get_args(FormKind))}")
+        if self.kind == "choice":
+            self._check_choices()
+            return
+        if not isinstance(self.value, str):
+            raise SamplingError(self.field, self.value, "a text")
+        most = MAX_SCHEMA_BYTES if self.kind == "json_schema" else MAX_REGEX_BYTES
+        if not 0 < (size := _utf8_bytes(self.field, self.value)) <= most:
+            raise SamplingError(self.field, size, f"1 to {most} bytes")
+        if (depth := _depth(self.kind, self.value)) > MAX_NESTING:
+            raise SamplingError(self.field, depth, f"nested at most {MAX_NESTING} levels deep")
+
+    @property
+    def field(self) -> str:
+        """Its path in a request, for messages."""
+        return f"structured.{self.kind}"
+
+    def _check_choices(self) -> None:
+        choices = _tuple(self.field, self.value)
+        if not 1 <= len(choices) <= MAX_CHOICES:
+            raise SamplingError(self.field, len(choices), f"1 to {MAX_CHOICES} texts")
+        for text in choices:
+            if not isinstance(text, str) or not text:
+                raise SamplingError(self.field, text, "texts that are not empty")
+        if len(set(choices)) < len(choices):
+            twice = next(text for text in choices if choices.count(text) > 1)
+            raise SamplingError(self.field, twice, "texts of which no two are the same")
+        if (size := sum(_utf8_bytes(self.field, text) for text in choices)) > MAX_CHOICES_BYTES:
+            raise SamplingError(self.field, size, f"at most {MAX_CHOICES_BYTES} bytes in all")
+        msgspec.structs.force_setattr(self, "value", choices)
 
 
 class SamplingParams(
@@ -62,6 +118,8 @@ class SamplingParams(
     model's end-of-text tokens.
     `logprobs`: 0 to 20: log probabilities of the chosen token and of that many likeliest ones.
     `skip_special_tokens`: leave special tokens out of the text.
+    `structured`: the form of the output. The model's end-of-text tokens are allowed exactly where the form is
+    complete, and end the output there; `min_tokens` gives way where only they are left.
     """
 
     n: int = 1
@@ -82,6 +140,7 @@ class SamplingParams(
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -90,6 +149,12 @@ class SamplingParams(
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise SamplingError(name, getattr(self, name), "true or false")
+        if self.structured is not None and not isinstance(self.structured, Structured):
+            raise SamplingError("structured", self.structured, "a Structured")
+        if self.structured is not None and self.ignore_eos:
+            raise SamplingError(
+                "ignore_eos", True, "false with `structured`, whose end is the end of the output"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -182,6 +247,32 @@ class SamplingParams(
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise SamplingError(name, value, f"a whole number from {low} to {high}")
         return value
+
+
+def _utf8_bytes(name: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise SamplingError(name, text, "text that UTF-8 can encode") from error
+
+
+_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_REGEX_IRRELEVANT: Final = re.compile(r"\\.|\[\^?\]?(?:[^\\\]]|\\.)*\]", re.DOTALL)
+
+
+def _depth(kind: FormKind, text: str) -> int:
+    """How deep brackets nest, whether or not they are balanced; a linear scan."""
+    irrelevant, opening, closing = (
+        (_STRING, "[{", "]}") if kind == "json_schema" else (_REGEX_IRRELEVANT, "(", ")")
+    )
+    depth = deepest = 0
+    for character in irrelevant.sub("", text):
+        if character in opening:
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in closing:
+            depth -= 1
+    return deepest
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> float:

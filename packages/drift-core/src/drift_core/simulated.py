@@ -50,6 +50,7 @@ from drift_scheduler.simulation.executor import Overheads, SimulatedExecutor
 if TYPE_CHECKING:
     from drift_core.composition import Setup
     from drift_core.profile import Grid
+    from drift_core.structured import Matcher
     from drift_scheduler.cost.table import CostTable
 
 DEFAULT: Final = "h200/llama-3.1-8b"
@@ -194,8 +195,10 @@ class RealTimeExecutor:
         """Seconds on the monotonic clock, which processes of one machine share."""
         return time.monotonic()
 
-    def arrive(self, request: Request, sampling: SamplingParams) -> None:
-        """Queue a request with its prompt. Raises DriftError when its id is in use."""
+    def arrive(self, request: Request, sampling: SamplingParams, matcher: Matcher | None = None) -> None:
+        """Queue a request with its prompt. Raises DriftError when its id is in use, or its output has a form."""
+        if matcher is not None:
+            raise DriftError("a simulated device makes its tokens up and holds no output to a form")
         assert request.prompt is not None, f"request '{request.id}' has no prompt"
         self._tokens.add(request.id, request.prompt, sampling)
         self.post(RequestArrived(request))

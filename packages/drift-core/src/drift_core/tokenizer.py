@@ -92,6 +92,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def definition(self) -> str:
+        """Its vocabulary and rules as the text of a `tokenizer.json`."""
+        return str(self._backend.to_str())
+
+    @property
     def bos_token(self) -> str | None:
         """The text of the token that begins a text, if the model has one."""
         return self._special.get("bos_token")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from drift_scheduler.domain import (
     DecodeDone,
     Device,
     Event,
+    FinishReason,
     Gang,
     Lane,
     LaneFailed,
@@ -50,8 +51,12 @@ from drift_scheduler.domain import (
     PrefillDone,
     Request,
     RequestArrived,
+    RequestCancelled,
     Sharing,
 )
+
+if TYPE_CHECKING:
+    from drift_core.structured import Matcher
 
 log = logging.getLogger("drift.executor")
 
@@ -60,6 +65,9 @@ LAYERS_PER_LAUNCH = 2
 
 MIXED_TOKENS = 512
 """Mixed passes of up to so many tokens are captured at start-up."""
+
+SETTLED_AT_ONCE = 16
+"""Pages of finished KV published for reuse between two looks at the device, of a few microseconds each."""
 
 SPIN_SECONDS = 20e-6
 NAP_SECONDS = 50e-6
@@ -141,6 +149,8 @@ class CudaExecutor:
         self._gang: Gang | None = None
         self._decode_units = 0
         self._over = False
+        self._failures: list[Event] = []
+        self._settle = kv.settle if isinstance(kv, PagedKv) else None
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -204,12 +214,15 @@ class CudaExecutor:
 
     # ------------------------------------------------------------------------------------- from outside
 
-    def arrive(self, request: Request, sampling: SamplingParams) -> None:
-        """Queue a request with its prompt. Raises DriftError when its id is in use."""
+    def arrive(self, request: Request, sampling: SamplingParams, matcher: Matcher | None = None) -> None:
+        """Queue a request with its prompt. Raises DriftError when its id is in use.
+
+        `matcher`: of the form its output must have.
+        """
         assert request.prompt is not None, f"request '{request.id}' has no prompt"
         model, self._arrivals = self._model.config, self._arrivals + 1
         seed = sampling.seed if sampling.seed is not None else self._seed * _SEED_STRIDE + self._arrivals
-        state = SamplerState(sampling, request.prompt, model.eos_token_ids, model.vocab_size, seed)
+        state = SamplerState(sampling, request.prompt, model.eos_token_ids, model.vocab_size, seed, matcher)
         self._sequences.add(request.id, request.prompt, state)
         self.decode.cells.admit(request.id, state, seed)
         self.post(RequestArrived(request))
@@ -297,7 +310,10 @@ class CudaExecutor:
             if running.launched and self.order.reached(running.mark):
                 started = self.times.start()
                 del self._running[running.lane]
-                events += running.done(self.order.seconds(running.mark))
+                done = running.done(self.order.seconds(running.mark))
+                events += self._failures  # before the tokens, which mean nothing then
+                self._failures.clear()
+                events += done
                 self.times.stop("take tokens", started)
         while not self._inbox.empty():
             event = self._inbox.get_nowait()
@@ -323,10 +339,13 @@ class CudaExecutor:
     def _prepare_next(self) -> None:
         """The likeliest next step is this one's requests again, on the same units."""
         running = self._running.get(Lane.DECODE)
+        started = self.times.start()
         if running is not None and running.launched and self._decode_units:
-            started = self.times.start()
             if self.decode.prepare(self._decode_units):
                 self.times.stop("prepare", started)
+                return
+        if self._settle is not None and self._settle(SETTLED_AT_ONCE):
+            self.times.stop("settle", started)
 
     # ------------------------------------------------------------------------------------- launching
 
@@ -457,16 +476,24 @@ class CudaExecutor:
             result = sample(chosen.logits[np.array(host)], states)
             if result.logprobs is not None:
                 details = [None] * len(tokens)
+            for index, why in result.faults:
+                self._failures.append(RequestCancelled(chosen.ids[host[index]], FinishReason.FAILED, why))
             for index, row in enumerate(host):
                 tokens[row], stopped[row] = result.token_ids[index], result.stopped[index]
                 if details is not None and result.logprobs is not None:
                     details[row] = result.logprobs[index]
         by_host = set(host)
-        for row, state in enumerate(chosen.states):
-            token = tokens[row]
+        for row, (state, token) in enumerate(zip(chosen.states, tokens, strict=True)):
             state.tokens.append(token)
-            if row not in by_host:
-                stopped[row] = state.sampler.record(token)
+            sampler = state.sampler
+            if host and row in by_host:
+                continue  # `sample` has recorded it
+            if not sampler.plain:
+                stopped[row] = sampler.record(token)
+                continue
+            sampler.generated += 1  # what `record` does for a plain request, without the call
+            if token in sampler.stop_ids:
+                stopped[row] = True
         return _Found(chosen.ids, tokens, stopped, details)
 
     def _prefill_event(self, found: _Found, seconds: float) -> PrefillDone:
