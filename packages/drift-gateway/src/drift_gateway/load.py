@@ -363,8 +363,8 @@ def _failed(outcome: Outcome, error: grpc.RpcError) -> None:
     known = error_of(error)
     refused = known.code in REFUSED and not outcome.tokens
     outcome.reason = FinishReason.REJECTED if refused else FinishReason.FAILED
-    reason = getattr(known, "reason", None)
-    outcome.error = f"{known.code.name} {reason}" if reason else known.code.name
+    name = known.code.name
+    outcome.error = f"{name} {known.reason}" if known.reason and known.reason != name else name
 
 
 async def _sleep_until(due: float, stop: asyncio.Event) -> None:
