@@ -26,7 +26,7 @@ TORCH = "torch==2.13.0"
 BUILD_TOOLS = ("hatchling", "editables")
 TEST_TOOLS = ("buf-bin", "pytest", "pytest-timeout", "hypothesis", "jsonschema", "transformers", "trustme")
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
-STUB_TOOLS = ("grpcio-tools==1.81.1", "buf-bin")
+STUB_TOOLS = ("grpcio-tools==1.81.1", "mypy-protobuf", "buf-bin")
 # What proto/ said when it was last committed; it may only ever say more.
 BASELINE = "proto/baseline.binpb"
 # Clients nobody here wrote, each group in an environment of its own: they want different releases of protobuf.
@@ -143,6 +143,7 @@ def proto(session: nox.Session) -> None:
     session.run("buf", "build", "--exclude-source-info", "--output", BASELINE)
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "proto").rglob("*.proto"))
     options = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
+    options.append(f"--mypy_grpc_out=quiet:{out}")  # types of services and stubs
     session.run("python", "-m", "grpc_tools.protoc", "-Iproto", *options, *sources)
     after = _stubs(out)
     changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))

@@ -109,7 +109,9 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
             return answer.response(request, served.ready.model)
         raise AssertionError("the call was aborted")
 
-    async def ModelStreamInfer(self, requests: AsyncIterator[kserve.ModelInferRequest], context: Any) -> None:
+    async def ModelStreamInfer(  # type: ignore[override]  # it writes its messages, and yields none
+        self, requests: AsyncIterator[kserve.ModelInferRequest], context: Any
+    ) -> None:
         """Requests as they come, answered side by side; leaving the stream ends them all."""
         writing = asyncio.Lock()
         room = asyncio.Semaphore(MAX_AT_ONCE)

@@ -40,7 +40,9 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._running: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._began = time.monotonic()
 
-    async def Generate(self, request: vllm.GenerateRequest, context: Any) -> None:
+    async def Generate(  # type: ignore[override]  # it writes its messages, and yields none
+        self, request: vllm.GenerateRequest, context: Any
+    ) -> None:
         """Chunks of new tokens where a stream is asked for, and one Complete per output."""
         call = call_of(context)
         async with refusals_as_statuses(context):
@@ -143,7 +145,9 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
             timestamp=datetime.now(UTC).isoformat(), version=__version__, dp_rank_count=1, loads=[load]
         )
 
-    async def GetTokenizer(self, request: vllm.GetTokenizerRequest, context: Any) -> None:
+    async def GetTokenizer(  # type: ignore[override]  # it writes its messages, and yields none
+        self, request: vllm.GetTokenizerRequest, context: Any
+    ) -> None:
         """The model's tokenizer files as a ZIP archive in pieces, the last with the archive's SHA-256."""
         async with refusals_as_statuses(context):
             served = self._supervisor.serving()
