@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from gateway_under_test import UnderTest, ready_in, run_with_gateway
+from gateway_under_test import UnderTest, narrow_client, ready_in, run_with_gateway
 from google.rpc import error_details_pb2, status_pb2
 
 from drift_gateway import client as api
@@ -116,7 +116,7 @@ async def stopping(under: UnderTest) -> None:
 async def starting(under: UnderTest) -> None:
     from drift_gateway.supervisor import State
 
-    under.supervisor.state = State.STARTING
+    under.supervisor.engine_state = State.STARTING
     await under.client.generate(token_ids=[1]).complete()
 
 
@@ -127,15 +127,19 @@ async def queue_full(under: UnderTest) -> None:
     await under.client.generate(token_ids=[1]).complete()
 
 
-@provokes(Reason.SLOW_READER, "too slowly")
+@provokes(Reason.SLOW_READER, "too slowly", step_seconds=0.0)
 async def slow_reader(under: UnderTest) -> None:
-    from drift_core import link
+    """What the client's window has room for comes first; then nothing goes, and the tokens pile up."""
+    from drift_core import submission
 
-    kept, link.MAX_LAG_TOKENS = link.MAX_LAG_TOKENS, 0  # type: ignore[misc]
-    try:
-        await under.client.generate(token_ids=[1], max_tokens=4000).complete()
-    finally:
-        link.MAX_LAG_TOKENS = kept  # type: ignore[misc]
+    kept, submission.MAX_LAG_TOKENS = submission.MAX_LAG_TOKENS, 100  # type: ignore[misc]
+    async with narrow_client(under.target) as client:
+        try:
+            generation = client.generate(token_ids=[1], n=16, max_tokens=4000, logprobs=1)
+            await under.until(lambda engine: bool(engine.cancels()))
+        finally:
+            submission.MAX_LAG_TOKENS = kept  # type: ignore[misc]
+        await generation.complete()
 
 
 @pytest.mark.parametrize("reason", list(PROVOCATIONS), ids=str)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import pytest
-from fake_engine import FakeEngine
-from gateway_under_test import END_OF_TEXT, UnderTest, ready_in, run_with_gateway
+from fake_engine import READY, FakeEngine
+from gateway_under_test import END_OF_TEXT, UnderTest, narrow_client, ready_in, run_with_gateway
 
+from drift_core import submission
 from drift_core.frames import Cancel, Submit
 from drift_gateway import client as api
 from drift_gateway.v1 import generation_pb2 as pb
@@ -307,29 +309,73 @@ def test_a_reader_that_lags_gets_its_tokens_in_fewer_messages(monkeypatch: pytes
     run_with_gateway(body, step_seconds=0.0)
 
 
-def test_a_reader_that_lags_too_far_is_ended_and_its_request_cancelled(
+async def read_into(seen: list[api.Event], generation: Any) -> None:
+    async for event in generation:
+        seen.append(event)
+
+
+def test_a_reader_that_stalls_is_ended_and_its_requests_cancelled_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from drift_core import link
-    from drift_gateway import generation
-
-    monkeypatch.setattr(link, "MAX_LAG_TOKENS", 100)
-    events = generation._events
-
-    async def late(served: Any, admitted: Any, submission: Any) -> AsyncIterator[pb.GenerateResponse]:
-        while not submission.lagging:
-            await asyncio.sleep(0.005)
-        async for event in events(served, admitted, submission):
-            yield event
-
-    monkeypatch.setattr(generation, "_events", late)
+    """The engine hears of it while the client still does not read; once it does, it reads why."""
+    monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 100)
 
     async def body(under: UnderTest) -> None:
-        with pytest.raises(api.Overloaded, match="too slowly"):
-            await under.client.generate(token_ids=[1], max_tokens=2000).complete()
-        await under.until(lambda engine: bool(engine.cancels()))
+        async with narrow_client(under.target) as client:
+            stalled = client.generate(token_ids=[1], n=16, max_tokens=4000, logprobs=1)
+            await under.until(lambda engine: len(engine.cancels()) == 16)
+            assert under.supervisor.served is not None
+            assert under.supervisor.served.client.in_flight == 0
+            beside = await under.client.generate(token_ids=[2], max_tokens=50).complete()
+            assert len(beside.token_ids) == 50
+            seen: list[api.Event] = []
+            with pytest.raises(api.Overloaded, match="too slowly") as ended:
+                await read_into(seen, stalled)
+            assert ended.value.reason == "SLOW_READER"
+            for output in range(16):
+                ours = [event for event in deltas(seen) if event.output_index == output]
+                assert [event.sequence for event in ours] == list(range(len(ours)))
 
-    run_with_gateway(body)
+    run_with_gateway(body, step_seconds=0.0)
+
+
+def test_a_message_that_does_not_get_through_for_too_long_ends_the_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(submission, "MAX_STUCK_S", 0.2)
+    monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 1_000_000)
+
+    async def body(under: UnderTest) -> None:
+        async with narrow_client(under.target) as client:
+            stalled = client.generate(token_ids=[1], n=16, max_tokens=20_000, logprobs=1)
+            await under.until(lambda engine: len(engine.cancels()) == 16)
+            with pytest.raises(api.Overloaded, match="too slowly"):
+                await stalled.complete()
+
+    run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=32768), step_seconds=0.002)
+
+
+def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up: list[asyncio.Task[Any]] = []
+    give_up = submission.Submission._give_up
+
+    def noted(self: submission.Submission, reader: asyncio.Task[Any]) -> None:
+        give_up(self, reader)
+        given_up.append(reader)
+
+    monkeypatch.setattr(submission.Submission, "_give_up", noted)
+    monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 100)
+    monkeypatch.setattr(submission, "GIVEN_UP_S", 0.05)
+
+    async def body(under: UnderTest) -> None:
+        async with narrow_client(under.target) as client:
+            stalled = client.generate(token_ids=[1], n=16, max_tokens=4000, logprobs=1)
+            async with asyncio.timeout(30):
+                while not given_up or not given_up[0].done():
+                    await asyncio.sleep(0.01)
+            stalled.cancel()
+
+    run_with_gateway(body, step_seconds=0.0)
 
 
 @pytest.mark.parametrize("how", ["cancel", "leave", "deadline", "disconnect"])

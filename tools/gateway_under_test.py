@@ -18,6 +18,7 @@ import uvloop
 from fake_engine import READY, FakeEngine
 
 from drift_core.frames import Ready
+from drift_gateway import client as client_module
 from drift_gateway.client import AsyncDriftClient
 from drift_gateway.connection import Tls
 from drift_gateway.security import Security
@@ -31,6 +32,14 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+NARROW = (
+    ("grpc.http2.lookahead_bytes", 1024),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+"""Channel options of a client that has room for little of what it does not read."""
 
 
 class FakeProcess:
@@ -71,6 +80,19 @@ class UnderTest:
     async def until(self, condition: Callable[[FakeEngine], bool]) -> None:
         """Wait, boundedly, until the engine received what makes the condition true."""
         await asyncio.to_thread(self.engine.until, condition)
+
+
+@asynccontextmanager
+async def narrow_client(target: str) -> AsyncIterator[AsyncDriftClient]:
+    """A client whose unread streams stall the server's writes after some kilobytes."""
+    usual = client_module.CHANNEL_OPTIONS
+    client_module.CHANNEL_OPTIONS = (*usual, *NARROW)  # type: ignore[misc]
+    try:
+        client = AsyncDriftClient(target)
+    finally:
+        client_module.CHANNEL_OPTIONS = usual  # type: ignore[misc]
+    async with client:
+        yield client
 
 
 @asynccontextmanager

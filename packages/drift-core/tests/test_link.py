@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from drift_core import link as link_module
+from drift_core import submission as submission_module
 from drift_core.frames import (
     AcceptedItem,
     Cancel,
@@ -235,7 +236,7 @@ def test_send_never_waits_for_a_gateway_that_does_not_read(monkeypatch: pytest.M
             await news(submission)
         assert submission.requests[0].take()[0] == list(range(1000)) * 200
 
-    monkeypatch.setattr(link_module, "MAX_LAG_TOKENS", 10_000_000)
+    monkeypatch.setattr(submission_module, "MAX_LAG_TOKENS", 10_000_000)
     joined(body)
 
 
@@ -260,7 +261,7 @@ def test_a_reader_that_lags_too_far_is_cancelled(monkeypatch: pytest.MonkeyPatch
         await news(submission)
         assert submission.lagging
 
-    monkeypatch.setattr(link_module, "MAX_LAG_TOKENS", 100)
+    monkeypatch.setattr(submission_module, "MAX_LAG_TOKENS", 100)
     joined(body)
 
 

@@ -13,19 +13,16 @@ import select
 import socket
 import tempfile
 import threading
-from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, cast
 
 from drift_core.frames import (
-    AcceptedItem,
     Answer,
     Call,
     Cancel,
     Failed,
-    FinishedItem,
     FrameError,
     FrameSplitter,
     Ping,
@@ -37,19 +34,19 @@ from drift_core.frames import (
     Submit,
     ToEngine,
     ToGateway,
-    TokenLogprob,
+    TokensItem,
     decode_to_engine,
     decode_to_gateway,
     encode_frame,
 )
+from drift_core.submission import Progress, Submission, Turns
 from drift_scheduler.errors import DriftError
+
+__all__ = ["EngineClient", "EngineFailed", "EngineGone", "EngineLink", "Progress", "Submission"]
 
 READ_BYTES: Final = 256 * 1024
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
 """Frames kept for a gateway that does not read; past it the gateway counts as gone."""
-
-MAX_LAG_TOKENS: Final = 65536
-"""Tokens kept for a client that does not read; past it the request is cancelled."""
 
 EXIT_STATUS_ORPHANED: Final = 70
 
@@ -201,73 +198,6 @@ class EngineLink:
 # ----------------------------------------------------------------------------------------- gateway side
 
 
-class Progress:
-    """What one request has to tell since it was last asked: tokens in order, each with its time.
-
-    `accepted` and `finished` are set once and stay.
-    """
-
-    __slots__ = ("accepted", "finished", "id", "logprobs", "times", "token_ids")
-
-    def __init__(self, request_id: str) -> None:
-        self.id = request_id
-        self.accepted: AcceptedItem | None = None
-        self.token_ids: list[int] = []
-        self.times: array[float] = array("d")
-        self.logprobs: list[TokenLogprob | None] | None = None
-        self.finished: FinishedItem | None = None
-
-    def take(self) -> tuple[list[int], array[float], list[TokenLogprob | None] | None]:
-        """Token ids, times and log probabilities that came since the last call."""
-        taken = self.token_ids, self.times, self.logprobs
-        self.token_ids, self.times, self.logprobs = [], array("d"), None
-        return taken
-
-
-class Submission:
-    """Requests submitted together, read by one task: `await changed()`, then look at each `Progress`.
-
-    However late the reader is, there is one set of tokens per request to take, not a queue of messages.
-    """
-
-    def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
-        self.requests = tuple(Progress(request_id) for request_id in request_ids)
-        self.lagging = False
-        """Whether the reader fell more than MAX_LAG_TOKENS behind, so that the requests were cancelled."""
-        self._client = client
-        self._error: DriftError | None = None
-        self._news = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def changed(self) -> None:
-        """Wait for news of any of the requests. Raises EngineGone when there will be none."""
-        if not self._news and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        self._news = False
-        if self._error is not None:
-            raise self._error
-
-    def cancel(self) -> None:
-        """Cancel those that have not ended, and hear no more of any."""
-        for request in self.requests:
-            self._client.forget(request.id, cancel=request.finished is None)
-
-    def notify(self) -> None:
-        """There is news."""
-        self._news = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def fail(self, error: DriftError) -> None:
-        """There will be no more news."""
-        self._error = error
-        self.notify()
-
-
 class EngineClient:
     """The gateway's end, on an asyncio loop. Made by `listen`; then the engine is started with `path`.
 
@@ -290,6 +220,8 @@ class EngineClient:
         self._server: asyncio.AbstractServer | None = None
         self._transport: asyncio.Transport | None = None
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
+        self._members: _Members | None = None
+        self._turns = Turns()
         self.pong: Pong | None = None
         """The latest answer to a `ping`."""
         self._calls = 0
@@ -334,7 +266,9 @@ class EngineClient:
             if frame.id in self._in_flight:
                 raise ValueError(f"request id '{frame.id}' is in flight already")
         data = b"".join(encode_frame(frame) for frame in frames)
-        submission = Submission(self, [frame.id for frame in frames])
+        submission = Submission(
+            self.forget, self._turns, [frame.id for frame in frames], min(frame.slo_tbt for frame in frames)
+        )
         for progress in submission.requests:
             self._in_flight[progress.id] = (progress, submission)
         self._transport.write(data)
@@ -342,7 +276,8 @@ class EngineClient:
 
     def forget(self, request_id: str, cancel: bool) -> None:
         """Hear no more of a request, and `cancel` it in the engine."""
-        self._in_flight.pop(request_id, None)
+        if self._in_flight.pop(request_id, None) is not None:
+            self._members = None
         if cancel:
             self._send(Cancel(request_id))
 
@@ -437,38 +372,56 @@ class EngineClient:
 
     def _deliver(self, frame: StepFrame) -> None:
         in_flight = self._in_flight
-        touched: set[Submission] = set()
         for accepted in frame.accepted:
             if (found := in_flight.get(accepted.id)) is not None:
                 found[0].accepted = accepted
-                touched.add(found[1])
+                found[1].notify(urgent=True)
         for item in frame.tokens:
-            for request_id, token_id in zip(item.ids, item.token_ids, strict=True):
-                if (found := in_flight.get(request_id)) is None:
-                    continue
-                progress, submission = found
-                progress.token_ids.append(token_id)
-                progress.times.append(frame.time)
-                if item.logprobs and (logprob := item.logprobs.get(request_id)) is not None:
-                    _append_logprob(progress, logprob)
-                touched.add(submission)
+            self._deliver_tokens(item, frame.time)
         for finished in frame.finished:
             if (found := in_flight.pop(finished.id, None)) is not None:
+                self._members = None
                 found[0].finished = finished
-                touched.add(found[1])
-        for submission in touched:
-            if max(len(request.token_ids) for request in submission.requests) > MAX_LAG_TOKENS:
-                submission.lagging = True
-                submission.cancel()
-            submission.notify()
+                found[1].notify(urgent=True)
+        self._turns.give()
+
+    def _deliver_tokens(self, item: TokensItem, now: float) -> None:
+        members = self._members
+        if members is None or members.ids != item.ids:
+            members = _Members(item.ids, self._in_flight)
+            self._members = members if members.complete else None
+        for append, token_id in zip(members.appends, members.known(item.token_ids), strict=True):
+            append(token_id)
+        for append_time in members.appends_of_times:
+            append_time(now)
+        if item.logprobs:
+            for progress in members.requests:
+                if (logprob := item.logprobs.get(progress.id)) is not None:
+                    progress.add_logprob(logprob)
+        first = item.first
+        for submission in members.submissions:
+            submission.notify(first)
 
 
-def _append_logprob(progress: Progress, logprob: TokenLogprob) -> None:
-    """Put it beside the token id appended last; earlier ones that came without have `None`."""
-    if progress.logprobs is None:
-        progress.logprobs = []
-    progress.logprobs.extend([None] * (len(progress.token_ids) - 1 - len(progress.logprobs)))
-    progress.logprobs.append(logprob)
+class _Members:
+    """Who gets a token of an item, looked up once for as long as the item's ids are the same."""
+
+    __slots__ = ("appends", "appends_of_times", "complete", "ids", "places", "requests", "submissions")
+
+    def __init__(self, ids: Sequence[str], in_flight: Mapping[str, tuple[Progress, Submission]]) -> None:
+        found = [in_flight.get(request_id) for request_id in ids]
+        known = [each for each in found if each is not None]
+        self.ids = ids
+        self.complete = len(known) == len(found)
+        self.places = None if self.complete else [k for k, each in enumerate(found) if each is not None]
+        self.requests = [progress for progress, _ in known]
+        self.submissions = list(dict.fromkeys(submission for _, submission in known))
+        self.appends = [progress.token_ids.append for progress in self.requests]
+        self.appends_of_times = [progress.times.append for progress in self.requests]
+
+    def known(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """The token ids of those that are in flight."""
+        return token_ids if self.places is None else [token_ids[place] for place in self.places]
 
 
 class _ClientProtocol(asyncio.Protocol):
