@@ -15,7 +15,7 @@ from drift_gateway.prompts import not_served
 from drift_gateway.refusal import Refusal, abort, invalid, refusals_as_statuses
 from drift_gateway.service_stats import ClassReport
 from drift_gateway.supervisor import Served, State, Supervisor
-from drift_gateway.timeline import Stretch
+from drift_gateway.timeline import Stretch, Watcher
 from drift_gateway.v1 import info_pb2 as pb
 from drift_gateway.v1 import info_pb2_grpc
 from drift_scheduler.domain import SLO
@@ -50,6 +50,10 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
         context: grpc.aio.ServicerContext[pb.GetServerInfoRequest, pb.GetServerInfoResponse],
     ) -> pb.GetServerInfoResponse:
         """What is served, and whether it is ready."""
+        return self.describe()
+
+    def describe(self) -> pb.GetServerInfoResponse:
+        """What GetServerInfo answers."""
         supervisor = self._supervisor
         info = pb.GetServerInfoResponse(
             version=__version__, readiness=READINESS[supervisor.state], engine_restarts=supervisor.restarts
@@ -111,26 +115,36 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
             interval = _interval(request)
         except Refusal as refusal:
             await abort(context, refusal)
-        watcher = self._supervisor.timeline.watch()
+        watcher = self.watcher()
         while True:
-            last = self._stopping.is_set()
-            now = time.monotonic()
-            stretches, dropped = watcher.take(now)
-            await context.write(
-                pb.WatchStatsResponse(
-                    time_us=int(now * 1e6),
-                    load=self._load(),
-                    stretches=map(_stretch, stretches),
-                    dropped=dropped,
-                    classes=map(_class_stats, self._supervisor.stats.classes(now)),
-                )
-            )
+            last = self.stopping
+            await context.write(self.stats(watcher, time.monotonic()))
             if last:
                 return
             try:
                 await asyncio.wait_for(self._stopping.wait(), interval)
             except TimeoutError:
                 continue
+
+    @property
+    def stopping(self) -> bool:
+        """Whether watchers should leave."""
+        return self._stopping.is_set()
+
+    def watcher(self) -> Watcher:
+        """A reader of the timeline from now on, for `stats`."""
+        return self._supervisor.timeline.watch()
+
+    def stats(self, watcher: Watcher, now: float) -> pb.WatchStatsResponse:
+        """What WatchStats tells at `now` a reader that last looked when `watcher` did."""
+        stretches, dropped = watcher.take(now)
+        return pb.WatchStatsResponse(
+            time_us=int(now * 1e6),
+            load=self._load(),
+            stretches=map(_stretch, stretches),
+            dropped=dropped,
+            classes=map(_class_stats, self._supervisor.stats.classes(now)),
+        )
 
     def _load(self) -> pb.Load:
         supervisor = self._supervisor

@@ -31,6 +31,7 @@ from rich.table import Table
 from drift_core.engine import EngineConfig
 from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
+from drift_gateway.dashboard import add_dashboard
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
 from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
@@ -80,6 +81,7 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
     await gateway.open(options.address)
     pages = HttpPort()
     add_operations(pages, supervisor)
+    add_dashboard(pages, gateway.information)
     if options.http is not None:
         await pages.open(options.http)
     stop = _stop_signals()
@@ -97,7 +99,7 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         display.summarise(served, Address(options.address.host, gateway.port), options.security)
         if options.http is not None:
             pages_at = Address(options.http.host, pages.port)
-            console.print(f"metrics and pages on http://{pages_at}/", highlight=False)
+            console.print(f"dashboard on http://{pages_at}/, metrics on http://{pages_at}/metrics", highlight=False)
         keeping = asyncio.ensure_future(supervisor.keep_running())
         await _first(keeping, stop)
         if keeping.done():
