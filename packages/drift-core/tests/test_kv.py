@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -273,4 +274,40 @@ def test_flushing_forgets_cached_pages_and_leaves_those_in_use():
     assert pool.kv.lookup(pool.request("like", list(range(12))), 12) == 8, "still shared by who uses it"
     pool.kv.release("used")
     assert pool.kv.num_cached_pages == 3
+    pool.kv.audit()
+
+
+def test_what_lies_behind_the_reuse_hint_is_evicted_first():
+    pool = Pool(12)
+    plain, hinted = list(range(8)), list(range(100, 108))
+    pool.run_to_end("plain", plain)
+    request = replace(pool.request("hinted", hinted), reuse_tokens=6)  # one page of four lies within it
+    pool.kv.admit(request, 8, 8)
+    pool.kv.commit("hinted", 8)
+    pool.kv.release("hinted")
+    pool.kv.audit()
+    pool.kv.admit(pool.request("filler", list(range(200, 234))), 34, 36)  # nine pages: one must go
+    again = [pool.request(name, [*tokens, 1]) for name, tokens in (("p", plain), ("h", hinted))]
+    assert [pool.kv.lookup(one, 9) for one in again] == [8, 4], (
+        "the one behind the hint, though it is the fresher"
+    )
+    pool.kv.audit()
+
+
+def test_with_a_hint_of_nothing_all_goes_first_and_a_shared_page_stays():
+    pool = Pool(12)
+    prompt = list(range(8))
+    pool.run_to_end("old", list(range(50, 58)))
+    pool.kv.admit(pool.request("holder", [*prompt, 9]), 9, 9)
+    pool.kv.commit("holder", 8)
+    request = replace(pool.request("hinted", [*prompt, 7, 6, 5, 4]), reuse_tokens=0)
+    assert pool.kv.admit(request, 12, 12) == 8
+    pool.kv.commit("hinted", 12)
+    pool.kv.release("hinted")
+    pool.kv.audit()
+    pool.kv.admit(pool.request("filler", list(range(200, 226))), 26, 28)
+    assert pool.kv.lookup(pool.request("o", [*range(50, 58), 1]), 9) == 8
+    assert pool.kv.lookup(pool.request("h", [*prompt, 7, 6, 5, 4, 1]), 13) == 8, (
+        "its own page went, not the holder's"
+    )
     pool.kv.audit()

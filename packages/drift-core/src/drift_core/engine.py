@@ -19,7 +19,7 @@ import msgspec
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingParams, Structured
 from drift_kernels.process import prepare_process
-from drift_scheduler.domain import SLO, Event, FinishReason, Request, RequestCancelled, Step
+from drift_scheduler.domain import SLO, Event, FinishReason, PrefillShape, Request, RequestCancelled, Step
 from drift_scheduler.errors import DriftError
 from drift_scheduler.loop import serve
 from drift_scheduler.protocols import Executor, KvPool
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from drift_scheduler.scheduler import Scheduler
 
 log = logging.getLogger("drift.engine")
+
+NO_TARGET_S = 86400.0
+"""The target in force where a request has none."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Progress = Callable[[str, float], None]
@@ -190,7 +193,14 @@ class Engine:
             slo_ttft=config.slo_ttft,
             slo_tbt=config.slo_tbt,
             eos_token_ids=list(self.model.eos_token_ids),
+            prefill_seconds=self._prefill_seconds(),
         )
+
+    def _prefill_seconds(self) -> list[tuple[int, float]]:
+        """What the cost model expects of prompts of a few lengths, each alone on the whole device."""
+        units, costs, longest = self.executor.device.total_units, self.scheduler.costs, self.max_context
+        lengths = sorted({min(length, longest) for length in (64, 512, 4096)})
+        return [(length, float(costs.prefill(PrefillShape.of([(length, 0)]), units))) for length in lengths]
 
     def submit(self, submission: Submit, refused: Callable[[DriftError], None] | None = None) -> None:
         """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take.
@@ -208,10 +218,11 @@ class Engine:
             arrival=submission.arrival,
             prompt_tokens=len(prompt),
             max_output_tokens=room if sampling.max_tokens is None else min(sampling.max_tokens, room),
-            slo=SLO(submission.slo_ttft, submission.slo_tbt, submission.slo_e2e, submission.slo_class),
+            slo=_targets(submission),
             priority=submission.priority,
             prompt=prompt,
             salt=submission.salt,
+            reuse_tokens=submission.reuse_tokens,
         )
         if sampling.structured is None:
             with self._arriving:
@@ -244,6 +255,18 @@ class Engine:
         if low < 0 or high >= size:
             bad = low if low < 0 else high
             raise DriftError(f"the prompt holds token id {bad}; the vocabulary has 0 to {size - 1}")
+
+    def cached_tokens(self, request_id: str) -> int | None:
+        """Leading prompt tokens of a live request that the prefix cache has, or had when it was admitted.
+
+        A look-up, which changes nothing, and which its admission does not have to do again. On the engine's thread.
+        """
+        tracked = self.scheduler.live.get(request_id)
+        if tracked is None:
+            return None
+        if tracked.scheduled_at is not None:
+            return tracked.cached
+        return self.executor.kv.lookup(tracked.request, tracked.known)
 
     def cancel(self, request_id: str, *, stop: bool = False) -> None:
         """End a request; `stop`: it has said enough, which is no cancellation. Unknown ids are no fault."""
@@ -287,6 +310,12 @@ class Engine:
         for fault in step.faults:
             log.warning("scheduler: %s", fault)
         deliver(step)
+
+
+def _targets(submission: Submit) -> SLO:
+    """Policies reckon with targets, so that none is a very long one."""
+    ttft, tbt = min(submission.slo_ttft, NO_TARGET_S), min(submission.slo_tbt, NO_TARGET_S)
+    return SLO(ttft, tbt, submission.slo_e2e, submission.slo_class)
 
 
 def _unheard(error: DriftError) -> None:

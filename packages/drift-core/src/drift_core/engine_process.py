@@ -159,7 +159,11 @@ def step_frame(
                     TokensItem(list(output.request_ids), list(ids), output.first, _logprobs(output))
                 )
             case Accepted():
-                accepted.append(AcceptedItem(output.request_id, output.queue_position))
+                accepted.append(
+                    AcceptedItem(
+                        output.request_id, output.queue_position, engine.cached_tokens(output.request_id)
+                    )
+                )
             case Finished():
                 finished.append(_finished(output))
     scheduler, partition = engine.scheduler, lanes.partition

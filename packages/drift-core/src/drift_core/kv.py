@@ -10,6 +10,7 @@ The rules are those of `drift_scheduler.simulation.kv.CountingKv`, with real pag
   `free_pages` is cached plus empty.
 * New pages come from the empty ones; when there are none, the least recently released cached page goes.
   Releasing a request frees its last page first, so that a prefix outlives its continuations.
+* What lies behind a request's `reuse_tokens`, where it names them, goes before any other cached page.
 * `commit` publishes full pages. A page whose content somebody published already stays private: page tables
   of running work never change under it, and the first copy serves everyone.
 * `admit` shares the cached prefix and never evicts what it is about to share.
@@ -251,6 +252,14 @@ class PagedKv:
                 self._empty.append(page)
             else:
                 self._idle[page] = None
+        if held.chain.request.reuse_tokens is not None:
+            self._give_up_first(held.pages[held.chain.request.reuse_tokens // self.page_tokens :])
+
+    def _give_up_first(self, pages: list[int]) -> None:
+        """Evict these before all others, the last of them first; those that somebody uses stay as they are."""
+        for page in pages:
+            if page in self._idle:
+                self._idle.move_to_end(page, last=False)
 
     def flush(self) -> int:
         """Forget every cached prefix that no request uses; how many pages those were."""

@@ -22,6 +22,7 @@ from drift_gateway.calls import Call, call_of
 from drift_gateway.gate import Gate, GateLimits, Verdict
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
+from drift_gateway.splits_used import SplitsUsed
 from drift_gateway.supervisor import Served, Supervisor
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
@@ -54,7 +55,7 @@ class Generations:
         supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
         timer = _end_at(call.deadline, submission)
         try:
-            async with aclosing(_events(served, admitted, submission)) as events:
+            async with aclosing(_events(served, admitted, submission, supervisor.splits)) as events:
                 async for event in events:
                     yield event
         finally:  # also on CancelledError, which goes on: the client left or its deadline passed
@@ -62,6 +63,7 @@ class Generations:
                 timer.cancel()
             for output_id in admitted.output_ids:
                 supervisor.ahead.remove(output_id)
+            supervisor.splits.forget(admitted.output_ids)
             supervisor.ended(submission)
 
     async def _admit(
@@ -89,7 +91,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._supervisor = supervisor
         self._generations = generations
 
-    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+    async def Generate(  # type: ignore[override]  # it writes its messages, and yields none
+        self, request: pb.GenerateRequest, context: Context
+    ) -> None:
         """One request's stream."""
         call = call_of(context)
         responses = self._generations.responses(request, call)
@@ -132,10 +136,10 @@ def _end_at(deadline: float | None, submission: Submission) -> asyncio.TimerHand
 
 
 async def _events(
-    served: Served, admitted: Admitted, submission: Submission
+    served: Served, admitted: Admitted, submission: Submission, splits: SplitsUsed
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Every message of the request. Raises Refusal or EngineGone where the stream ends with a status."""
-    outputs = [_output(served, admitted, k, submission) for k in range(len(submission.requests))]
+    outputs = [_output(served, admitted, k, submission, splits) for k in range(len(submission.requests))]
     admission_seconds = time.monotonic() - admitted.arrival
     announced = False
     running = outputs
@@ -155,7 +159,9 @@ async def _events(
         running = [output for output in running if not output.ended]
 
 
-def _output(served: Served, admitted: Admitted, index: int, submission: Submission) -> Output:
+def _output(
+    served: Served, admitted: Admitted, index: int, submission: Submission, splits: SplitsUsed
+) -> Output:
     sampling = admitted.sampling
     detokenizer = None
     if served.tokenizer is not None:
@@ -163,7 +169,16 @@ def _output(served: Served, admitted: Admitted, index: int, submission: Submissi
             served.tokenizer, sampling.stop_strings, sampling.include_stop_str_in_output
         )
     progress = submission.requests[index]
-    return Output(index, progress, detokenizer, bool(sampling.stop), admitted.arrival, admitted.slo)
+    return Output(
+        index,
+        progress,
+        detokenizer,
+        bool(sampling.stop),
+        admitted.arrival,
+        admitted.slo,
+        predicted_ttft=admitted.predicted_ttft,
+        split=splits.of,
+    )
 
 
 def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.GenerateResponse:

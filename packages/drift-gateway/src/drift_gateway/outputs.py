@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import ceil, isfinite
 from typing import Protocol
@@ -46,7 +46,8 @@ class Output:
 
     `detokenizer` is `None` for a model without a tokenizer: token ids only. `stops`: whether there are stop
     strings, so that tokens are looked at one by one. `arrival` is when the gateway received the request, on
-    `time.monotonic()`.
+    `time.monotonic()`. `predicted_ttft`: seconds from then, where something was predicted. `split` tells, of an ended
+    engine request, units of prefill and decode lane when most of its tokens were decoded.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Output:
         stops: bool,
         arrival: float,
         slo: SLO,
+        predicted_ttft: float | None = None,
+        split: Callable[[str], tuple[int, int] | None] = lambda output_id: None,
     ) -> None:
         self.index = index
         self.progress = progress
@@ -67,6 +70,8 @@ class Output:
         self._stops = stops and detokenizer is not None
         self._arrival = arrival
         self._slo = slo
+        self._predicted_ttft = predicted_ttft
+        self._split = split
         self._sequence = 0
         self._times: array[float] = array("d")
         self._stop_string: str | None = None
@@ -145,9 +150,17 @@ class Output:
             ),
             timing=timing(item, self._arrival, self._times, self._slo, gateway_seconds),
         )
+        self._add_hindsight(finished.timing)
         if self._stop_string is not None:
             finished.stop_string = self._stop_string
         return pb.GenerateResponse(finished=finished)
+
+    def _add_hindsight(self, proof: pb.RequestTiming) -> None:
+        if self._predicted_ttft is not None:
+            proof.predicted_ttft_ms = self._predicted_ttft * 1e3
+        split = self._split(self.progress.id)
+        if split is not None and len(self._times) > 1:
+            proof.prefill_units, proof.decode_units = split
 
 
 def timing(

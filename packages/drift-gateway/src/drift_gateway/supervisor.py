@@ -29,6 +29,7 @@ from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.service_stats import EndedOutput, ServiceStats
+from drift_gateway.splits_used import SplitsUsed
 from drift_gateway.tenants import Tenant, cache_salt, current_tenant
 from drift_gateway.timeline import Timeline
 from drift_gateway.workload_ahead import WorkloadAhead
@@ -141,6 +142,7 @@ class Supervisor:
         self.timeline = Timeline()
         self.stats = ServiceStats()
         self.ahead = WorkloadAhead()
+        self.splits = SplitsUsed()
         self.on_change: Callable[[], None] = lambda: None
         self._spawn = spawn
         self._on_starting = on_starting
@@ -313,6 +315,7 @@ class Supervisor:
         self.timeline.step(frame)
         self.stats.step(frame)
         self.ahead.step(frame)
+        self.splits.step(frame)
 
     def _starting(self, frame: Starting) -> None:
         self.phase = frame
