@@ -64,6 +64,8 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self._bytes: dict[int, bytes] = {}
+        self._texts = _WholeTexts(self, skip_special_tokens=False)
+        self._texts_shown = _WholeTexts(self, skip_special_tokens=True)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -134,6 +136,10 @@ class Tokenizer:
             known = self._bytes[token_id] = b"" if token is None else _byte_level_bytes(token)
         return known
 
+    def whole_texts(self, skip_special_tokens: bool = True) -> Mapping[int, str | None]:
+        """By id, the text of each token of a byte-level vocabulary that is whole characters; `None` for others."""
+        return self._texts_shown if skip_special_tokens else self._texts
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -152,6 +158,23 @@ class Tokenizer:
         return self.encode(
             self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False
         )
+
+
+class _WholeTexts(dict[int, str | None]):
+    """Filled as tokens are asked for: a text is found at the cost of a dictionary's look-up."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._tokenizer.token_bytes(token_id, self._skip).decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 def _backend(directory: Path) -> tokenizers.Tokenizer:
