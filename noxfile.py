@@ -70,7 +70,8 @@ def types(session: nox.Session) -> None:
 @nox.session(python=False, requires=["workshop"])
 def docs(session: nox.Session) -> None:
     """Run the commands of README and docs as written (see CONTRIBUTING, "Documentation that runs")."""
-    _in_workshop(session, "python", "tools/docs_commands.py", *session.posargs)
+    options = [f"--node-modules={_node_modules(session)}"] if shutil.which("npm") else []
+    _in_workshop(session, "python", "tools/docs_commands.py", *options, *session.posargs)
 
 
 @nox.session(python=False, requires=["workshop"])
@@ -167,20 +168,8 @@ def interop(session: nox.Session) -> None:
         if not pythons[name].exists():
             session.run("python", "-m", "virtualenv", str(folder / name), silent=True)
         session.run(str(pythons[name]), "-m", "pip", "install", "-q", *packages, external=True)
-    clients = folder / "examples" / "clients"
-    shutil.copytree(ROOT / "examples" / "clients", clients, dirs_exist_ok=True)
-    shutil.copytree(ROOT / "proto", folder / "proto", dirs_exist_ok=True)
-    session.run(
-        "npm",
-        "--prefix",
-        str(clients),
-        "install",
-        "--no-package-lock",
-        "--no-audit",
-        "--no-fund",
-        external=True,
-    )
-    options = [f"--triton={pythons['triton']}", f"--openai={pythons['openai']}", f"--node={clients}"]
+    modules = _node_modules(session)
+    options = [f"--triton={pythons['triton']}", f"--openai={pythons['openai']}", f"--node-modules={modules}"]
     _in_workshop(session, "python", "tools/interop.py", f"--buf={Path(session.bin) / 'buf'}", *options)
 
 
@@ -230,6 +219,20 @@ def _in_workshop(session: nox.Session, command: str, *arguments: str, **env: str
         interrupt_timeout=30,
         terminate_timeout=10,
     )
+
+
+def _node_modules(session: nox.Session) -> Path:
+    """The packages that examples/clients/package.json names, installed below .nox."""
+    folder = ROOT / ".nox" / "node"
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = (ROOT / "examples" / "clients" / "package.json").read_bytes()
+    stamp = folder / "installed-for"
+    if not stamp.is_file() or stamp.read_bytes() != wanted:
+        (folder / "package.json").write_bytes(wanted)
+        quiet = ("--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts")
+        session.run("npm", "--prefix", str(folder), "install", *quiet, external=True)
+        stamp.write_bytes(wanted)
+    return folder / "node_modules"
 
 
 def _fingerprint() -> str:

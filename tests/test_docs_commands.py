@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import textwrap
 from pathlib import Path
@@ -108,6 +109,25 @@ def test_a_page_that_is_wrong_fails_and_says_where(tmp_path: Path, text: str, co
     (failure,) = failures(tmp_path, text)
     assert failure.startswith("page.md:1: ")
     assert complaint in failure
+
+
+def test_javascript_runs_where_it_has_packages_and_is_said_to_be_left_out_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text('```javascript\nimport { two } from "two";\nif (two !== 2) process.exit(1);\n```\n')
+    assert docs.run_document(page, set()) == []
+    assert "page.md:1: LEFT OUT" in capsys.readouterr().out
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    package = tmp_path / "modules" / "two"
+    package.mkdir(parents=True)
+    (package / "package.json").write_text('{"name": "two", "type": "module", "main": "two.js"}')
+    (package / "two.js").write_text("export const two = 2;\n")
+    assert docs.run_document(page, set(), tmp_path / "modules") == []
+    (package / "two.js").write_text("export const two = 3;\n")
+    (failure,) = docs.run_document(page, set(), tmp_path / "modules")
+    assert failure.startswith("page.md:1: exit 1, not 0")
 
 
 def test_a_server_in_the_background_serves_later_blocks_and_ends_with_the_page(tmp_path: Path) -> None:

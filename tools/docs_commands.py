@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_TIMEOUT_S = 180.0
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
-RUNNABLE = ("console", "python")
-EVASIVE = ("bash", "sh", "shell", "zsh", "py", "pycon", "python3")
+RUNNABLE = ("console", "python", "javascript")
+EVASIVE = ("bash", "sh", "shell", "zsh", "py", "pycon", "python3", "js", "mjs", "node")
 OPTIONS = ("background", "exit", "timeout", "not-run")
 
 
@@ -101,7 +101,9 @@ def blocks(file: Path, text: str) -> list[Block]:
 
 def _options(file: Path, number: int, language: str, info: str) -> dict[str, str]:
     if language in EVASIVE:
-        raise DocumentError(f"{file.name}:{number}: write ```console or ```python instead of ```{language}")
+        raise DocumentError(
+            f"{file.name}:{number}: write ```console, ```python or ```javascript instead of ```{language}"
+        )
     if language not in RUNNABLE:
         return {}
     options = {key: value for key, _, value in (word.partition("=") for word in info.split())}
@@ -154,9 +156,9 @@ class Runner:
     def run(self, block: Block) -> None:
         """Run one block; DocumentError if it does not end as it says."""
         if block.language == "python":
-            program = self._folder / f"block_{block.line}.py"
-            program.write_text(block.text)
-            self._foreground(block, f"python {program.name}")
+            self._program(block, "python", ".py")
+        elif block.language == "javascript":
+            self._program(block, "node", ".mjs")
         elif "background" in block.options:
             self._start(block)
         else:
@@ -188,6 +190,11 @@ class Runner:
             raise DocumentError(
                 f"{', '.join(stubborn)}: did not end within {STOP_TIMEOUT_S:.0f} s of SIGTERM"
             )
+
+    def _program(self, block: Block, interpreter: str, suffix: str) -> None:
+        program = self._folder / f"block_{block.line}{suffix}"
+        program.write_text(block.text)
+        self._foreground(block, f"{interpreter} {program.name}")
 
     def _recognised(self, block: Block, command: str) -> bool:
         for name in nox_sessions(command) or []:
@@ -263,25 +270,36 @@ def _tail(output: bytes, lines: int = 25) -> str:
 
 
 @contextmanager
-def scratch(root: Path) -> Iterator[Path]:
-    """A folder that looks like the repository's root and takes what the commands write."""
+def scratch(root: Path, modules: Path | None = None) -> Iterator[Path]:
+    """A folder that looks like the repository's root and takes what the commands write.
+
+    `modules`: a folder of JavaScript packages, for programs to import.
+    """
     folder = Path(tempfile.mkdtemp(prefix="drift-docs-"))
     try:
         for entry in root.iterdir():
             if not entry.name.startswith("."):
                 (folder / entry.name).symlink_to(entry)
+        if modules is not None:
+            (folder / "node_modules").symlink_to(modules.resolve())
         yield folder
     finally:
         shutil.rmtree(folder)
 
 
-def run_document(file: Path, sessions: set[str]) -> list[str]:
-    """Run one document's blocks in order up to the first failure; the failures, as lines to print."""
+def run_document(file: Path, sessions: set[str], modules: Path | None = None) -> list[str]:
+    """Run one document's blocks in order up to the first failure; the failures, as lines to print.
+
+    Programs in JavaScript run where there are `modules` for them, and are said to be left out elsewhere.
+    """
     failures = []
-    with scratch(ROOT) as folder:
+    with scratch(ROOT, modules) as folder:
         runner = Runner(folder, sessions)
         try:
             for block in blocks(file, file.read_text(encoding="utf-8")):
+                if block.language == "javascript" and modules is None:
+                    print(f"{block.place}: LEFT OUT, there are no JavaScript packages here", flush=True)
+                    continue
                 runner.run(block)
         except DocumentError as error:
             failures.append(f"{error}{runner.background_news()}")
@@ -297,6 +315,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run the commands of the documentation as written.")
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--list", action="store_true", help="print the blocks as JSON lines and run nothing")
+    parser.add_argument("--node-modules", type=Path, help="JavaScript packages, for programs in JavaScript")
     arguments = parser.parse_args()
     files = arguments.files or documents(ROOT)
     if arguments.list:
@@ -304,7 +323,7 @@ def main() -> int:
             print(json.dumps({"place": block.place, "language": block.language, "options": block.options}))
         return 0
     sessions = known_sessions(ROOT)
-    failures = [failure for file in files for failure in run_document(file, sessions)]
+    failures = [failure for file in files for failure in run_document(file, sessions, arguments.node_modules)]
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{len(files)} documents, {len(failures)} failures")

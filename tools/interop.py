@@ -90,9 +90,9 @@ def clients(given: argparse.Namespace, target: str, http: str) -> Iterator[tuple
             False,
             text_of([str(CLIENTS / "drift_curl.sh"), target, PROMPT, str(TOKENS)], folder),
         )
-    if given.node:
-        command = ["node", str(Path(given.node) / "drift_client.mjs"), target, PROMPT, str(TOKENS)]
-        yield "@grpc/grpc-js", False, text_of(command)
+    if given.node_modules:
+        with tempfile.TemporaryDirectory() as folder:
+            yield "@grpc/grpc-js", False, text_of(node_command(Path(folder), given.node_modules, target))
     if given.triton:
         for how in ("sync", "stream", "aio", "aio-stream"):
             script = [given.triton, str(CLIENTS / "triton_client.py"), target, PROMPT]
@@ -103,11 +103,21 @@ def clients(given: argparse.Namespace, target: str, http: str) -> Iterator[tuple
         yield "openai through smg, complete", True, text_of([*script, "--complete"])
 
 
+def node_command(folder: Path, modules: Path, target: str) -> list[str]:
+    """The client in JavaScript, in a folder that has the protos and the packages where it looks for them."""
+    (folder / "proto").symlink_to(CLIENTS.parent.parent / "proto")
+    (folder / "node_modules").symlink_to(modules.resolve())
+    script = folder / "examples" / "clients" / "drift_client.mjs"
+    script.parent.mkdir(parents=True)
+    script.write_bytes((CLIENTS / script.name).read_bytes())
+    return ["node", str(script), target, PROMPT, str(TOKENS)]
+
+
 def main() -> int:
     """Run them all; the exit status says whether one streamed another text."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--buf", help="path of the program buf")
-    parser.add_argument("--node", help="a copy of examples/clients beside which the packages are installed")
+    parser.add_argument("--node-modules", type=Path, help="folder with @grpc/grpc-js and @grpc/proto-loader")
     parser.add_argument("--triton", help="a Python that has tritonclient[grpc]")
     parser.add_argument("--openai", help="a Python that has openai, with smg beside it")
     given = parser.parse_args()
