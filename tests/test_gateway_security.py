@@ -432,20 +432,19 @@ def test_a_connection_has_only_so_many_streams(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(server, "SERVER_OPTIONS", tuple(options.items()))
 
     async def body(under: UnderTest) -> None:
-        streams = [
-            asyncio.ensure_future(until_the_end(under.client.generate(token_ids=[1]))) for _ in range(4)
-        ]
+        calls = {f"r{k}": under.client.generate(token_ids=[1], request_id=f"r{k}") for k in range(4)}
+        streams = {name: asyncio.ensure_future(until_the_end(aiter(call))) for name, call in calls.items()}
         await under.until(lambda engine: len(engine.submits()) == 3)
         own = (("grpc.use_local_subchannel_pool", 1),)  # not the connection that the streams have
         async with grpc.aio.insecure_channel(under.target, options=own) as another:
             assert await status_of(another, "/drift.v1.InfoService/GetLoad") is None
             assert len(under.engine.submits()) == 3
-            assert not any(stream.done() for stream in streams)
-        streams[0].cancel()
+            assert not any(stream.done() for stream in streams.values())
+        streams[under.engine.submits()[0].id.removesuffix("#0")].cancel()
         await under.until(lambda engine: len(engine.submits()) == 4)
-        for stream in streams:
+        for stream in streams.values():
             stream.cancel()
-        await asyncio.wait(streams)
+        await asyncio.wait(streams.values())
 
     run_with_gateway(body, paused=True)
 
