@@ -18,13 +18,21 @@ import msgspec
 
 from drift_core.frames import (
     AcceptedItem,
+    Answer,
+    Call,
     Cancel,
     FinishedItem,
+    FlushPrefixes,
     LoadItem,
+    Ping,
+    Pong,
     Ready,
+    SetPolicy,
     Shutdown,
     Starting,
+    StartTrace,
     StepFrame,
+    StopTrace,
     Submit,
     ToEngine,
     TokenLogprob,
@@ -84,6 +92,10 @@ class FakeEngine:
     paused: bool = False
     end_reason: str = "length"
     reject: str = ""
+    hung: bool = False
+    """Alive, and deaf to pings."""
+    busy: float = 0.0
+    """What it answers to a ping: seconds that a lane has been at its work."""
     received: list[ToEngine] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,6 +105,7 @@ class FakeEngine:
         self._running: dict[str, _Running] = {}
         self._cancelled: list[Cancel] = []
         self._steps = 0
+        self.trace = ""
         self._tokens_of: dict[str, Sequence[int]] = {}
         self.link = EngineLink(self.path, self._receive, self._stop)
         self._thread = threading.Thread(target=self._run, name="fake-engine", daemon=True)
@@ -128,6 +141,10 @@ class FakeEngine:
     # ----------------------------------------------------------------------------- the engine
 
     def _receive(self, frame: ToEngine) -> None:
+        if isinstance(frame, Ping):
+            if not self.hung:
+                self.link.send(Pong(frame.number, self.busy, 0.001))
+            return
         with self.changed:
             self.received.append(frame)
             match frame:
@@ -137,7 +154,27 @@ class FakeEngine:
                     self._cancelled.append(frame)
                 case Shutdown():
                     self.ended.set()
+                case SetPolicy() | FlushPrefixes() | StartTrace() | StopTrace():
+                    self.link.send(self._answer(frame))
             self.changed.notify_all()
+
+    def _answer(self, frame: Call) -> Answer:
+        """Policies and logs as a real engine has them, without any."""
+        match frame:
+            case SetPolicy(call, dispatch, partition):
+                if dispatch == "edf":
+                    return Answer(call, "no dispatch policy 'edf'; installed: gang")
+                return Answer(call, dispatch=dispatch or "gang", partition=partition or "tightest-decode")
+            case FlushPrefixes(call):
+                return Answer(call, pages=3)
+            case StartTrace(call, path):
+                if self.trace:
+                    return Answer(call, "a decision log is being written already")
+                self.trace = path
+                return Answer(call, path=path)
+            case StopTrace(call):
+                path, self.trace = self.trace, ""
+                return Answer(call, "" if path else "no decision log is being written", path=path, steps=7)
 
     def _stop(self) -> None:
         with self.changed:

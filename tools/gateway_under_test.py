@@ -21,6 +21,7 @@ from drift_core.frames import Ready
 from drift_gateway import client as client_module
 from drift_gateway.client import AsyncDriftClient
 from drift_gateway.connection import Tls
+from drift_gateway.gate import GateLimits
 from drift_gateway.security import Security
 from drift_gateway.server import Address, Gateway
 from drift_gateway.supervisor import Backoff, EngineProcess, Supervisor
@@ -103,6 +104,8 @@ async def gateway_running(
     security: Security | None = None,
     token: str | None = None,
     tls: Tls | None = None,
+    hang_timeout: float = 10.0,
+    limits: GateLimits | None = None,
     **engine: Any,
 ) -> AsyncIterator[UnderTest]:
     """A gateway whose engine is ready; `engine` are fields of FakeEngine, `token` and `tls` are the client's."""
@@ -112,8 +115,8 @@ async def gateway_running(
         engines.append(await asyncio.to_thread(FakeEngine, path, **engine))
         return FakeProcess(engines[-1])
 
-    supervisor = Supervisor(spawn, backoff=QUICK)
-    gateway = Gateway(supervisor, max_in_flight, security, compat)
+    supervisor = Supervisor(spawn, backoff=QUICK, hang_timeout=hang_timeout)
+    gateway = Gateway(supervisor, max_in_flight, security, compat, limits)
     await gateway.open(Address("127.0.0.1", port))
     keeping: asyncio.Task[None] | None = None
     try:

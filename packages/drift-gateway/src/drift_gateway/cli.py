@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
 
 import click
 
+from drift_gateway.cli_operations import operations_options
 from drift_gateway.cli_security import security_options
 from drift_gateway.connection import Connection, connection_options
 from drift_scheduler.errors import DriftError
@@ -22,6 +23,7 @@ from drift_scheduler.errors import DriftError
 if TYPE_CHECKING:
     from drift_core.engine import EngineConfig
     from drift_gateway.security import SecurityOptions
+    from drift_gateway.serving import OperationsOptions
 
     # Older releases of click have no type parameters here.
     _SizeType = click.ParamType[int]
@@ -152,6 +154,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     help="Allow --listen on addresses that other machines reach, without TLS or without login.",
 )
 @security_options
+@operations_options
 @click.option(
     "--dispatch",
     type=PolicySpec(),
@@ -211,6 +214,7 @@ def serve(
     http: str | None,
     compat: str,
     security: SecurityOptions,
+    operations: OperationsOptions,
     kv_memory: int | None,
     dispatch: tuple[str, dict[str, Any]],
     partition: tuple[str, dict[str, Any]],
@@ -240,7 +244,7 @@ def serve(
     _check_policies(config)
     pages = None if http is None else parse_address(http)
     options = serving.ServeOptions(
-        config, parse_address(listen), insecure_bind, max_in_flight, grace, pages, protocols, security
+        config, parse_address(listen), insecure_bind, max_in_flight, grace, pages, protocols, security, operations
     )
     return serving.serve(options, Console(stderr=True))
 

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from drift_gateway.http_port import HttpPort
 from drift_gateway.metrics import CONTENT_TYPE, MetricsPage
-from drift_gateway.supervisor import State, Supervisor
+from drift_gateway.supervisor import Supervisor
 
 
 def add_operations(port: HttpPort, supervisor: Supervisor) -> None:
@@ -22,8 +22,7 @@ def add_operations(port: HttpPort, supervisor: Supervisor) -> None:
         return web.json_response({"status": supervisor.state.value})
 
     async def ready(request: web.Request) -> web.Response:
-        serving = supervisor.state is State.READY
-        return web.json_response({"status": supervisor.state.value}, status=200 if serving else 503)
+        return web.json_response({"status": supervisor.state.value}, status=200 if supervisor.healthy else 503)
 
     port.add("/metrics", metrics)
     port.add("/health", health)

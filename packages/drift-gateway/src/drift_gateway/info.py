@@ -25,6 +25,7 @@ READINESS = {
     State.STARTING: pb.READINESS_STARTING,
     State.READY: pb.READINESS_READY,
     State.RESTARTING: pb.READINESS_RESTARTING,
+    State.DRAINING: pb.READINESS_DRAINING,
     State.STOPPING: pb.READINESS_STOPPING,
 }
 SHARINGS = {
@@ -105,7 +106,7 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
         """How full it is."""
         return pb.GetLoadResponse(load=self._load())
 
-    async def WatchStats(
+    async def WatchStats(  # type: ignore[override]  # it writes its messages, and yields none
         self,
         request: pb.WatchStatsRequest,
         context: grpc.aio.ServicerContext[pb.WatchStatsRequest, pb.WatchStatsResponse],

@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from drift_gateway.service_stats import Buckets, Histograms
-from drift_gateway.supervisor import State, Supervisor
+from drift_gateway.supervisor import Supervisor
 from drift_scheduler.domain import FinishReason
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -169,8 +169,8 @@ METRICS: Final = (
               _one(lambda s: s.stats.waiting_prefill_tokens)),
     Described("drift_outputs_in_flight", "gauge", (), "Outputs let in that have not ended.",
               _one(lambda s: s.served.client.in_flight if s.served else 0)),
-    Described("drift_engine_ready", "gauge", (), "1 when requests are served, 0 otherwise.",
-              _one(lambda s: s.state is State.READY)),
+    Described("drift_engine_ready", "gauge", (), "1 when new requests are served, 0 otherwise.",
+              _one(lambda s: s.healthy)),
     Described("drift_engine_restarts_total", "counter", (), "Times the engine was started again.",
               _one(lambda s: s.restarts)),
 )  # fmt: skip

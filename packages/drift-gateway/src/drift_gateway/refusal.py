@@ -42,6 +42,7 @@ class Reason(StrEnum):
     NO_TOKENIZER = "NO_TOKENIZER"
     NO_CHAT_TEMPLATE = "NO_CHAT_TEMPLATE"
     QUARANTINED = "QUARANTINED"
+    TRACE_STATE = "TRACE_STATE"
     QUEUE_FULL = "QUEUE_FULL"
     RATE_LIMITED = "RATE_LIMITED"
     SLO_INFEASIBLE = "SLO_INFEASIBLE"
@@ -89,6 +90,9 @@ CASES: Final[Mapping[Reason, Case]] = MappingProxyType(
         ),
         Reason.QUARANTINED: Case(
             _CODE.FAILED_PRECONDITION, "the request was in the engine at two crashes and is not tried again"
+        ),
+        Reason.TRACE_STATE: Case(
+            _CODE.FAILED_PRECONDITION, "a decision log is being written already, or none is, or none can be"
         ),
         Reason.QUEUE_FULL: Case(_CODE.RESOURCE_EXHAUSTED, "the queue of the request's class is full", 1.0),
         Reason.RATE_LIMITED: Case(_CODE.RESOURCE_EXHAUSTED, "the tenant's rate is used up", 1.0),

@@ -7,6 +7,7 @@ engine is ready, Generate answers UNAVAILABLE and health NOT_SERVING.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import socket
@@ -168,7 +169,7 @@ class Gateway:
         report.add_done_callback(self._reports.discard)
 
     async def _report_health(self) -> None:
-        serving = self.supervisor.state is State.READY
+        serving = self.supervisor.healthy
         status = (
             health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         )
@@ -177,13 +178,17 @@ class Gateway:
             await self._health.set(name, status)
         await self._health.set(INFO, health_pb2.HealthCheckResponse.SERVING)
 
-    async def close(self, grace: float, hurry: asyncio.Event | None = None) -> None:
-        """Refuse what is new, let streams run for `grace` seconds, cancel the rest, end engine and server.
+    async def close(self, grace: float, hurry: asyncio.Event | None = None, lame_duck: float = 0.0) -> None:
+        """Say NOT_SERVING, serve on for `lame_duck` seconds, refuse what is new, let streams run for `grace` seconds,
+        cancel the rest (each gets its Finished), end engine and server.
 
-        `hurry` ends the grace time when it is set.
+        `hurry` ends either time when it is set.
         """
-        self.supervisor.stop_accepting()
+        self.supervisor.retire()
         await self._health.enter_graceful_shutdown()
+        if lame_duck and self.supervisor.state is State.READY:
+            await _either(hurry or asyncio.Event(), lame_duck)
+        self.supervisor.stop_accepting()
         self._stopping.set()
         served = self.supervisor.served
         if served is not None:
@@ -193,6 +198,12 @@ class Gateway:
             await _drain(served.client, 2.0)
         await self._server.stop(1.0)
         await self.supervisor.stop()
+
+
+async def _either(event: asyncio.Event, seconds: float) -> None:
+    """Wait until the event is set or the time is over."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
 
 
 async def _drain(client: EngineClient, patience: float, hurry: asyncio.Event | None = None) -> None:

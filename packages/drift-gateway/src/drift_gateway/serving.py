@@ -31,7 +31,9 @@ from rich.table import Table
 from drift_core.engine import EngineConfig
 from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
+from drift_gateway.admin import AdminPort, check_admin_address
 from drift_gateway.dashboard import add_dashboard
+from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
 from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
@@ -39,6 +41,24 @@ from drift_gateway.server import Address, Gateway, check_address
 from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
 
 log = logging.getLogger("drift.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class OperationsOptions:
+    """What operators want: see docs/operations.md. Times are seconds.
+
+    `admin`: where AdminService listens, on loopback. `traces`: its folder for decision logs. `hang_timeout`: without a
+    sign of life from the engine. `lame_duck`: to serve on, after health said NOT_SERVING, before new requests are
+    refused. `access_log`: a path, or "-" for the standard output. `spans`: where OpenTelemetry's go, "otlp" or
+    "console".
+    """
+
+    admin: Address | None = None
+    traces: Path | None = None
+    hang_timeout: float = DEFAULT_HANG_TIMEOUT
+    lame_duck: float = 0.0
+    access_log: str | None = None
+    spans: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +77,7 @@ class ServeOptions:
     http: Address | None = None
     compat: tuple[str, ...] = ()
     security: SecurityOptions = NO_SECURITY
+    operations: OperationsOptions = OperationsOptions()
 
 
 def serve(options: ServeOptions, console: Console) -> int:
@@ -65,6 +86,8 @@ def serve(options: ServeOptions, console: Console) -> int:
     security = Security(options.security)
     if options.http is not None:
         check_address(options.http, options.insecure_bind)
+    if options.operations.admin is not None:
+        check_admin_address(options.operations.admin)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -76,7 +99,8 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         return await ChildProcess.spawn(options.engine, path)
 
     display = StartUpDisplay(console)
-    supervisor = Supervisor(spawn, on_starting=display.news)
+    operations = options.operations
+    supervisor = Supervisor(spawn, on_starting=display.news, hang_timeout=operations.hang_timeout)
     gateway = Gateway(supervisor, options.max_in_flight, security, options.compat)
     await gateway.open(options.address)
     pages = HttpPort()
@@ -84,6 +108,9 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
     add_dashboard(pages, gateway.information)
     if options.http is not None:
         await pages.open(options.http)
+    admin = AdminPort(supervisor, security, operations.traces)
+    if operations.admin is not None:
+        await admin.open(operations.admin)
     stop = _stop_signals()
     if not security.absent:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, security.reload)
@@ -99,7 +126,12 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         display.summarise(served, Address(options.address.host, gateway.port), options.security)
         if options.http is not None:
             pages_at = Address(options.http.host, pages.port)
-            console.print(f"dashboard on http://{pages_at}/, metrics on http://{pages_at}/metrics", highlight=False)
+            console.print(
+                f"dashboard on http://{pages_at}/, metrics on http://{pages_at}/metrics", highlight=False
+            )
+        if operations.admin is not None:
+            admin_at = Address(operations.admin.host, admin.port)
+            console.print(f"administration on {admin_at}", highlight=False)
         keeping = asyncio.ensure_future(supervisor.keep_running())
         await _first(keeping, stop)
         if keeping.done():
@@ -115,7 +147,8 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         return _say_why(console, gone)
     finally:
         stop.clear()  # the next signal ends the grace time
-        await gateway.close(options.grace, hurry=stop)
+        await gateway.close(options.grace, hurry=stop, lame_duck=operations.lame_duck)
+        await admin.close()
         await pages.close()
 
 

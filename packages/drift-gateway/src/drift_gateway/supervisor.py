@@ -16,7 +16,7 @@ import time
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Final, Protocol
@@ -27,6 +27,7 @@ from drift_core.engine import EngineConfig
 from drift_core.frames import Ready, Starting, StepFrame, Submit
 from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
+from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT, hang_of
 from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.service_stats import EndedOutput, ServiceStats
 from drift_gateway.splits_used import SplitsUsed
@@ -45,11 +46,12 @@ LAST_WORDS_S: Final = 1.0
 
 
 class State(Enum):
-    """Whether requests are served now."""
+    """Whether requests are served now. DRAINING: an operator wants none to be let in, whatever the engine does."""
 
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
+    DRAINING = "draining"
     STOPPING = "stopping"
 
 
@@ -126,6 +128,7 @@ class Supervisor:
     """One engine, kept running. `spawn` starts a process that connects to the given socket.
 
     `on_change` is called after every change of `state`, `on_starting` for every piece of news of a start-up.
+    `hang_timeout`: seconds without a sign of life after which a ready engine counts as hung, and is started again.
     """
 
     def __init__(
@@ -133,8 +136,12 @@ class Supervisor:
         spawn: Spawn,
         on_starting: Callable[[Starting], None] | None = None,
         backoff: Backoff = Backoff(),
+        hang_timeout: float = DEFAULT_HANG_TIMEOUT,
     ) -> None:
-        self.state = State.STARTING
+        self.engine_state = State.STARTING
+        self.draining = False
+        self.retiring = False
+        """Whether the server is about to stop: requests are still served, and health says that they are not."""
         self.phase: Starting | None = None
         self.served: Served | None = None
         self.last_ready: Served | None = None
@@ -147,6 +154,9 @@ class Supervisor:
         self._spawn = spawn
         self._on_starting = on_starting
         self._backoff = backoff
+        self._hang_timeout = hang_timeout
+        self._watching: asyncio.Task[None] | None = None
+        self._submissions: dict[str, Submission] = {}
         self._client: EngineClient | None = None
         self._process: EngineProcess | None = None
         self._ready_since = 0.0
@@ -183,8 +193,21 @@ class Supervisor:
         )
         self.served = self.last_ready = Served(facts, client, tokenizer)
         self._ready_since = time.monotonic()
+        self._watching = asyncio.ensure_future(self._watch_for_hangs(client))
         self._change(State.READY)
         return self.served
+
+    @property
+    def state(self) -> State:
+        """What clients see of the engine and of what operators want."""
+        if self.draining and self.engine_state is State.READY:
+            return State.DRAINING
+        return self.engine_state
+
+    @property
+    def healthy(self) -> bool:
+        """Whether load balancers should send requests here."""
+        return self.state is State.READY and not self.retiring
 
     async def keep_running(self) -> None:
         """After `start`: restart the engine whenever it ends. Raises DriftError when that is given up."""
@@ -219,6 +242,8 @@ class Supervisor:
         match self.state:
             case State.STOPPING:
                 raise Refusal(Reason.DRAINING, "the server is stopping")
+            case State.DRAINING:
+                raise Refusal(Reason.DRAINING, "the server takes no new requests: an operator drains it")
             case State.RESTARTING:
                 raise Refusal(
                     Reason.WORKER_RESTART, f"the engine crashed and is being started again{detail}; try again"
@@ -247,6 +272,7 @@ class Supervisor:
         except ValueError as error:
             raise Refusal(Reason.REQUEST_ID_IN_USE, str(error)) from error
         tenant.begin(now, len(frames[0].prompt), len(frames))
+        self._submissions[request_id_of(frames[0].id)] = submission
         for frame in frames:
             self._tenants[frame.id] = tenant
             self._fingerprints[frame.id] = fingerprint
@@ -260,6 +286,7 @@ class Supervisor:
         """
         submission.cancel()
         ends = []
+        self._submissions.pop(request_id_of(submission.requests[0].id), None)
         for request in submission.requests:
             fingerprint = self._fingerprints.pop(request.id, None)
             if fingerprint is not None and request.finished is not None:
@@ -275,6 +302,35 @@ class Supervisor:
     def tenant_of(self, output_id: str) -> Tenant | None:
         """In whose name an output in flight was asked for; `None` when there is none of that id."""
         return self._tenants.get(output_id)
+
+    def request_ids(self) -> list[str]:
+        """Requests in flight."""
+        return list(self._submissions)
+
+    def abort(self, request_id: str, refusal: Refusal) -> bool:
+        """End a request's stream with `refusal` and free what it holds; `False` when it is not in flight."""
+        submission = self._submissions.get(request_id)
+        if submission is None:
+            return False
+        submission.fail(refusal)
+        submission.cancel()  # now, however long its reader takes to notice
+        return True
+
+    def drain(self, draining: bool) -> None:
+        """Refuse new requests, or take them again; those in flight go on."""
+        self.draining = draining
+        self.on_change()
+
+    def policies_changed(self, dispatch: str, partition: str) -> None:
+        """The running engine decides by other policies now; one that is started again has those of its options."""
+        if self.served is not None:
+            ready = msgspec.structs.replace(self.served.ready, dispatch=dispatch, partition=partition)
+            self.served = self.last_ready = replace(self.served, ready=ready)
+
+    def retire(self) -> None:
+        """The server stops soon: health says so, requests are still served."""
+        self.retiring = True
+        self.on_change()
 
     def stop_accepting(self) -> None:
         """From now on requests are refused; those in flight go on."""
@@ -306,10 +362,19 @@ class Supervisor:
     async def _end_engine(self, patience: float = 0.0) -> None:
         client, process = self._client, self._process
         self._client = self._process = None
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
         if process is not None:
             await _end_process(process, patience)
         if client is not None:
             await client.close()
+
+    async def _watch_for_hangs(self, client: EngineClient) -> None:
+        """A hung engine counts as gone, so that it is started again like one that crashed."""
+        reason = await hang_of(client, self._hang_timeout)
+        log.error("%s; it is ended", reason)
+        client.end(reason)
 
     def _step(self, frame: StepFrame) -> None:
         self.timeline.step(frame)
@@ -324,14 +389,14 @@ class Supervisor:
 
     def _note_crash(self, gone: asyncio.Future[str]) -> None:
         """Runs before the readers learn of it, so that what was inside is still known."""
-        if self.state is State.READY:
+        if self.engine_state is State.READY:
             self._quarantine.blame(list(self._fingerprints.values()))
             self._fingerprints.clear()
 
     def _change(self, state: State) -> None:
-        if self.state is State.STOPPING:
+        if self.engine_state is State.STOPPING:
             return
-        self.state = state
+        self.engine_state = state
         self.on_change()
 
 
@@ -340,6 +405,11 @@ def fingerprint_of(frame: Submit) -> bytes:
     digest = hashlib.blake2b(array("q", frame.prompt).tobytes(), digest_size=16)
     digest.update(msgspec.msgpack.encode(frame.sampling))
     return digest.digest()
+
+
+def request_id_of(output_id: str) -> str:
+    """The request that an output is of; output ids are `REQUEST#NUMBER`."""
+    return output_id.rpartition("#")[0]
 
 
 def load_tokenizer(directory: str) -> Tokenizer | None:

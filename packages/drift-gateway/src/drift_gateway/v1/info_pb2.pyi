@@ -15,6 +15,7 @@ class Readiness(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     READINESS_READY: _ClassVar[Readiness]
     READINESS_RESTARTING: _ClassVar[Readiness]
     READINESS_STOPPING: _ClassVar[Readiness]
+    READINESS_DRAINING: _ClassVar[Readiness]
 
 class Sharing(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -29,6 +30,7 @@ READINESS_STARTING: Readiness
 READINESS_READY: Readiness
 READINESS_RESTARTING: Readiness
 READINESS_STOPPING: Readiness
+READINESS_DRAINING: Readiness
 SHARING_UNSPECIFIED: Sharing
 SHARING_IDLE: Sharing
 SHARING_SPATIAL: Sharing
