@@ -1,4 +1,4 @@
-"""What drift-gateway registers: the commands `drift serve`, `drift demo`, `drift load` and `drift top`.
+"""What drift-gateway registers: the commands `drift serve` and its tokens, and what talks to a running server.
 
 Loaded by every `drift` command, so everything heavy is imported by the commands and not here.
 """
@@ -13,7 +13,13 @@ from drift_scheduler.hookspecs import hookimpl
 
 @hookimpl
 def drift_cli_commands() -> Mapping[str, Any]:
-    """`drift serve`, `drift demo`, and the commands that talk to a running server."""
-    from drift_gateway import cli, cli_clients
+    """`drift serve`, `drift demo`, `drift token`, and the commands that talk to a running server."""
+    from drift_gateway import cli, cli_clients, cli_security
 
-    return {"serve": cli.serve, "demo": cli.demo, "load": cli_clients.load, "top": cli_clients.top}
+    return {
+        "serve": cli.serve,
+        "demo": cli.demo,
+        "load": cli_clients.load,
+        "top": cli_clients.top,
+        "token": cli_security.token,
+    }
