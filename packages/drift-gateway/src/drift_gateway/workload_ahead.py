@@ -93,49 +93,51 @@ class _Decayed:
 
 
 class Line:
-    """Seconds as a line in some size, by least squares over what was seen; the older counts less.
+    """Seconds as a line in some size, by least squares of the relative error over what was seen; it forgets.
 
-    `prior`: points that count PRIOR_WEIGHT observations each, for good.
+    `prior`: points that count PRIOR_WEIGHT observations each, and are forgotten like them.
     """
 
     def __init__(self, memory: float, prior: Sequence[tuple[float, float]] = ()) -> None:
         self.seen = 0
         self.largest = 0.0
         self._share = 1 - 1 / memory
-        self._sums = [0.0] * 5
-        self._prior = [0.0] * 5
+        # Sums of 1, size; and with weights 1/size^2 of 1, size, seconds, size*size, size*seconds.
+        self._sums = [0.0] * 7
         for size, seconds in prior:
-            _add(self._prior, size, seconds, PRIOR_WEIGHT)
+            self._count(size, seconds, PRIOR_WEIGHT)
 
     @property
     def known(self) -> bool:
         """Whether there is anything to go by."""
-        return self._sums[0] + self._prior[0] > 0
+        return self._sums[0] > 0
 
     def add(self, size: float, seconds: float) -> None:
-        """One observation."""
+        """One observation; sizes are positive."""
         self.seen += 1
         self.largest = max(self.largest, size)
         self._sums = [part * self._share for part in self._sums]
-        _add(self._sums, size, seconds, 1.0)
+        self._count(size, seconds, 1.0)
 
     def fit(self) -> tuple[float, float, float]:
         """Fixed part, seconds per size, and the mean size. Sizes all alike make it a line through the origin."""
-        n, x, y, xx, xy = (seen + prior for seen, prior in zip(self._sums, self._prior, strict=True))
+        count, total, n, x, y, xx, xy = self._sums
+        mean = total / count
         spread = n * xx - x * x
-        if spread <= 1e-6 * n * xx:
-            return 0.0, y / x, x / n
-        slope = max(0.0, (n * xy - x * y) / spread)
-        fixed = (y - slope * x) / n
-        if fixed < 0:
-            return 0.0, xy / xx, x / n
-        return fixed, slope, x / n
+        if spread > 1e-6 * n * xx:
+            slope = max(0.0, (n * xy - x * y) / spread)
+            fixed = (y - slope * x) / n
+            if fixed >= 0:
+                return fixed, slope, mean
+        return 0.0, xy / xx, mean
 
-
-def _add(sums: list[float], size: float, seconds: float, weight: float) -> None:
-    values = (1.0, size, seconds, size * size, size * seconds)
-    for place, value in enumerate(values):
-        sums[place] += weight * value
+    def _count(self, size: float, seconds: float, weight: float) -> None:
+        relative = weight / (size * size)
+        values = (
+            weight, weight * size,
+            relative, relative * size, relative * seconds, weight, weight * seconds / size,
+        )  # fmt: skip
+        self._sums = [part + value for part, value in zip(self._sums, values, strict=True)]
 
 
 @dataclass(slots=True)
@@ -228,7 +230,8 @@ class WorkloadAhead:
             else:
                 decoded = True
         if computed:
-            self._rates.prefill.add(computed, self._pending)
+            if self._pending > 0:
+                self._rates.prefill.add(computed, self._pending)
             self._pending, self._mark = 0.0, frame.time
         if decoded:
             self._learn_gap(frame)
@@ -288,15 +291,16 @@ class WorkloadAhead:
     def _learn_time(self, frame: StepFrame) -> None:
         """Count the time since the last frame as prefill time if prompts were computed in it, or could have been."""
         last = self._last
-        if last is None or not self._waiting:
+        if not self._waiting:
             self._pending = 0.0
             return
-        seconds = frame.time - max(last.time, self._mark)
-        held_back = last.load is not None and (
-            last.load.running >= self.max_running or last.load.free_pages * 20 < self.total_pages
-        )
-        if seconds > 0 and (last.prefill_requests or not held_back):
-            self._pending += seconds
+        held_back = False
+        if last is not None and not last.prefill_requests and last.load is not None:
+            short = last.load.free_pages * 20 < self.total_pages
+            held_back = last.load.running >= self.max_running or short
+        if not held_back:
+            since = self._mark if last is None else max(last.time, self._mark)
+            self._pending += max(0.0, frame.time - since)
 
     def _learn_gap(self, frame: StepFrame) -> None:
         last = self._last
@@ -421,7 +425,7 @@ class WorkloadAhead:
         gap = self._rates.gap.value or 0.0
         ends = []
         for ahead in self._decoding.values():
-            since = now - (ahead.first_token or now)
+            since = 0.0 if ahead.first_token is None else now - ahead.first_token
             written = since / gap if gap else 0.0
             left = max(1.0, ahead.expected - written)
             if written > ahead.expected:  # longer than usual: as much again, up to its own limit
