@@ -21,7 +21,10 @@ from drift_gateway.v1 import generation_pb2_grpc
 
 ROOT = Path(__file__).parent.parent
 
-PROVOKED_ELSEWHERE: dict[Reason, str] = {}
+PROVOKED_ELSEWHERE: dict[Reason, str] = {
+    Reason.ABORTED_BY_ADMIN: "test_gateway_admin.py",
+    Reason.TRACE_STATE: "test_gateway_admin.py",
+}
 """Reasons whose provocation needs more than a gateway and an engine: the test module that provokes each."""
 
 
