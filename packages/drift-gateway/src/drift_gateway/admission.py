@@ -16,8 +16,9 @@ import msgspec
 from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
-from drift_core.sampling_params import SamplingError, SamplingParams
+from drift_core.sampling_params import SamplingError, SamplingParams, Structured
 from drift_gateway.calls import Call
+from drift_gateway.forms import FORMS
 from drift_gateway.gate import Asked, Verdict
 from drift_gateway.prompts import chat_ids, given_ids, not_served, text_ids
 from drift_gateway.refusal import Reason, Refusal, invalid
@@ -152,7 +153,7 @@ def check(request: pb.GenerateRequest, ready: Ready) -> Checked:
 async def tokenized(
     request: pb.GenerateRequest, checked: Checked, served: Served
 ) -> tuple[Checked, list[int]]:
-    """The prompt, and the request bounded by what is left of the context. Raises Refusal."""
+    """The prompt, and the request bounded by what is left of the context; its form is compiled. Raises Refusal."""
     match request.WhichOneof("input"):
         case "text":
             prompt = await text_ids(served, request)
@@ -160,7 +161,9 @@ async def tokenized(
             prompt = await chat_ids(served, request)
         case _:
             prompt = given_ids("token_ids.ids", request.token_ids.ids, served.ready.vocab_size)
-    return _fitting(checked, len(prompt), served.ready), prompt
+    fitting = _fitting(checked, len(prompt), served.ready)
+    await FORMS.check(served, fitting.sampling.structured)
+    return fitting, prompt
 
 
 def _fitting(checked: Checked, prompt_tokens: int, ready: Ready) -> Checked:
@@ -252,13 +255,33 @@ def _sampling(request: pb.GenerateRequest, ready: Ready) -> SamplingParams:
         **_present(stopping, _STOPPING_FIELDS),
     }
     try:
-        sampling = SamplingParams(**fields)
+        sampling = SamplingParams(structured=_structured(request), **fields)
         sampling.validate(ready.vocab_size)
     except SamplingError as error:
-        message = "stopping" if error.field in pb.Stopping.DESCRIPTOR.fields_by_name else "sampling"
-        problem = str(error).removeprefix(f"{error.field} ")
-        raise invalid(f"{message}.{error.field}", problem) from error
+        raise invalid(_path(error.field), str(error).removeprefix(f"{error.field} ")) from error
     return sampling
+
+
+def _path(field: str) -> str:
+    """Where a field of SamplingParams comes from in the request."""
+    if field.startswith("structured"):
+        return field
+    return f"stopping.{field}" if field in pb.Stopping.DESCRIPTOR.fields_by_name else f"sampling.{field}"
+
+
+def _structured(request: pb.GenerateRequest) -> Structured | None:
+    """The form the output must have. Raises Refusal, and SamplingError when it is larger than any may be."""
+    if not request.HasField("structured"):
+        return None
+    match request.structured.WhichOneof("form"):
+        case "json_schema":
+            return Structured("json_schema", request.structured.json_schema)
+        case "regex":
+            return Structured("regex", request.structured.regex)
+        case "choice":
+            return Structured("choice", tuple(request.structured.choice.choices))
+        case _:
+            raise invalid("structured", "has no form; give one of json_schema, regex, choice")
 
 
 def _present(message: Message, names: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ engine nor model code is loaded.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from drift_gateway.connection import Connection, Tls
@@ -163,22 +164,35 @@ def _details(trailers: Iterable[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class SLO:
-    """Latency targets in seconds; `None` takes the server's default."""
+    """Latency targets in seconds; `None` takes the server's default.
+
+    `on_infeasible`: what to do when a target cannot be met: "best_effort", "reject" or "demote".
+    """
 
     ttft: float | None = None
     tbt: float | None = None
     e2e: float | None = None
     name: str | None = None
+    on_infeasible: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The engine has the request, with `queue_position` others ahead of it."""
+    """The engine has the request, with `queue_position` others ahead of it.
+
+    `cached_tokens`: of the prompt, in the prefix cache, where that is known. `predicted_ttft`: seconds from arrival to
+    the first token, where the server can tell. `demoted`: its targets could not be met, and it runs behind the others
+    without any, as it asked. `arrival`: on the server's monotonic clock, which the stretches of `watch_stats` are on.
+    """
 
     request_id: str
     model: str
     prompt_tokens: int
     queue_position: int
+    cached_tokens: int | None = None
+    predicted_ttft: float | None = None
+    demoted: bool = False
+    arrival: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +234,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How one output fared by the server's clock, in seconds; `None` where it did not come to that."""
+    """How one output fared by the server's clock, in seconds; `None` where it did not come to that.
+
+    `prefill_units`, `decode_units`: the split of the device under which most of its tokens were decoded.
+    """
 
     queue: float | None
     prefill: float | None
@@ -237,6 +254,9 @@ class Timing:
     tbt_met: bool | None
     e2e_met: bool | None
     gateway: float
+    prefill_units: int | None = None
+    decode_units: int | None = None
+    predicted_ttft: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +294,24 @@ def event_of(response: pb.GenerateResponse) -> Event | None:
         case "token_delta":
             return _token_delta(response.token_delta)
         case "accepted":
-            message = response.accepted
-            return Accepted(message.request_id, message.model, message.prompt_tokens, message.queue_position)
+            return _accepted(response.accepted)
         case "finished":
             return _finished(response.finished)
         case _:
             return None
+
+
+def _accepted(message: pb.Accepted) -> Accepted:
+    return Accepted(
+        message.request_id,
+        message.model,
+        message.prompt_tokens,
+        message.queue_position,
+        message.cached_tokens if message.HasField("cached_tokens") else None,
+        message.predicted_ttft_ms / 1e3 if message.HasField("predicted_ttft_ms") else None,
+        message.demoted,
+        message.arrival_us / 1e6 if message.HasField("arrival_us") else None,
+    )
 
 
 def _token_delta(delta: pb.TokenDelta) -> TokenDelta:
@@ -328,6 +360,9 @@ def _timing(timing: pb.RequestTiming) -> Timing:
         tbt_met=met("tbt"),
         e2e_met=met("e2e"),
         gateway=timing.gateway_ms / 1e3,
+        prefill_units=timing.prefill_units if timing.HasField("prefill_units") else None,
+        decode_units=timing.decode_units if timing.HasField("decode_units") else None,
+        predicted_ttft=seconds(timing, "predicted_ttft"),
     )
 
 
@@ -344,11 +379,19 @@ def build_request(
     request_id: str | None = None,
     model: str | None = None,
     labels: Mapping[str, str] | None = None,
+    session: str | None = None,
+    reuse_tokens: int | None = None,
+    cache_salt: str | None = None,
+    json_schema: str | bool | Mapping[str, Any] | None = None,
+    regex: str | None = None,
+    choice: Sequence[str] | None = None,
     **options: Any,
 ) -> pb.GenerateRequest:
     """A GenerateRequest. `options` are the fields of Sampling and Stopping (temperature, max_tokens, stop, …).
 
-    Raises DriftError on none or several inputs and on unknown or ill-typed options.
+    `json_schema` (as JSON text, or as what that says), `regex` or `choice` force the output into a form. Raises
+    DriftError on none or several inputs, several forms, and on unknown or ill-typed options. `session`,
+    `reuse_tokens` and `cache_salt` are PrefixHints.
     """
     if sum(given is not None for given in (prompt, token_ids, messages)) != 1:
         raise DriftError("give exactly one of prompt, token_ids, messages")
@@ -362,6 +405,11 @@ def build_request(
         if messages is not None:
             request.chat.messages.extend(pb.ChatMessage(**message) for message in messages)
             request.chat.SetInParent()
+        hints = {"session": session, "reuse_tokens": reuse_tokens, "cache_salt": cache_salt}
+        for name, hint in hints.items():
+            if hint is not None:
+                setattr(request.prefix, name, hint)
+        _set_form(request, json_schema, regex, choice)
         for name, value in options.items():
             _set_option(request, name, value)
     except (TypeError, ValueError) as error:
@@ -372,7 +420,63 @@ def build_request(
                 setattr(request.slo, name, target * 1e3)
         if slo.name is not None:
             setattr(request.slo, "class", slo.name)
+        if slo.on_infeasible is not None:
+            request.slo.on_infeasible = _on_infeasible(slo.on_infeasible)
     return request
+
+
+def _on_infeasible(name: str) -> pb.OnInfeasible:
+    known = {full.removeprefix("ON_INFEASIBLE_").lower(): full for full in pb.OnInfeasible.keys()[1:]}
+    if name not in known:
+        raise DriftError(f"on_infeasible '{name}' is none of {', '.join(known)}")
+    return pb.OnInfeasible.Value(known[name])
+
+
+def _tokenize_request(
+    text: str | None,
+    messages: Sequence[Mapping[str, str]] | None,
+    special_tokens: bool,
+    model: str | None,
+) -> pb.TokenizeRequest:
+    if (text is None) == (messages is None):
+        raise DriftError("give exactly one of text, messages")
+    request = pb.TokenizeRequest(model=model, text=text, without_special_tokens=not special_tokens)
+    if messages is not None:
+        try:
+            request.chat.messages.extend(pb.ChatMessage(**message) for message in messages)
+        except (TypeError, ValueError) as error:
+            raise DriftError(f"not a conversation: {error}") from error
+        request.chat.SetInParent()
+    return request
+
+
+def _detokenize_request(
+    token_ids: Sequence[int], special_tokens: bool, model: str | None
+) -> pb.DetokenizeRequest:
+    try:
+        return pb.DetokenizeRequest(model=model, token_ids=token_ids, with_special_tokens=special_tokens)
+    except (TypeError, ValueError) as error:
+        raise DriftError(f"not token ids: {error}") from error
+
+
+def _set_form(
+    request: pb.GenerateRequest,
+    json_schema: str | bool | Mapping[str, Any] | None,
+    regex: str | None,
+    choice: Sequence[str] | None,
+) -> None:
+    if sum(given is not None for given in (json_schema, regex, choice)) > 1:
+        raise DriftError("give at most one of json_schema, regex, choice")
+    if json_schema is not None:
+        text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema)
+        request.structured.json_schema = text
+    if regex is not None:
+        request.structured.regex = regex
+    if choice is not None:
+        if isinstance(choice, str):
+            raise DriftError("choice is a list of texts, not one text")
+        request.structured.choice.choices.extend(choice)
+        request.structured.choice.SetInParent()
 
 
 def _set_option(request: pb.GenerateRequest, name: str, value: Any) -> None:
@@ -502,23 +606,69 @@ class DriftClient:
         """Start a request; `fields` as in `build_request`, `timeout` in seconds."""
         return Generation(self._generation.Generate(build_request(prompt, **fields), timeout=timeout))
 
+    def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        special_tokens: bool = True,
+        model: str | None = None,
+        timeout: float = 30.0,
+    ) -> list[int]:
+        """The token ids that the server makes of a text or a conversation. Raises RequestError."""
+        request = _tokenize_request(text, messages, special_tokens, model)
+        answer: pb.TokenizeResponse = self._ask(self._generation.Tokenize, request, timeout)
+        return list(answer.token_ids)
+
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        special_tokens: bool = False,
+        model: str | None = None,
+        timeout: float = 30.0,
+    ) -> str:
+        """The text of token ids. Raises RequestError."""
+        request = _detokenize_request(token_ids, special_tokens, model)
+        answer: pb.DetokenizeResponse = self._ask(self._generation.Detokenize, request, timeout)
+        return answer.text
+
+    def model(self, name: str | None = None, timeout: float = 10.0) -> info_pb2.Model:
+        """The model of that name, or the one that is served. Raises RequestError."""
+        request = info_pb2.GetModelRequest(name=name)
+        answer: info_pb2.GetModelResponse = self._ask(self._info.GetModel, request, timeout)
+        return answer.model
+
+    def models(self, timeout: float = 10.0) -> list[info_pb2.Model]:
+        """Every model that is served: none while the server starts. Raises RequestError."""
+        request = info_pb2.ListModelsRequest()
+        answer: info_pb2.ListModelsResponse = self._ask(self._info.ListModels, request, timeout)
+        return list(answer.models)
+
+    def plugins(self, timeout: float = 30.0) -> list[info_pb2.Plugin]:
+        """The policies, cost models and other parts that are installed there. Raises RequestError."""
+        request = info_pb2.ListPluginsRequest()
+        answer: info_pb2.ListPluginsResponse = self._ask(self._info.ListPlugins, request, timeout)
+        return list(answer.plugins)
+
     def server_info(self, timeout: float = 10.0) -> info_pb2.GetServerInfoResponse:
         """What is served there. Raises RequestError."""
-        try:
-            info: info_pb2.GetServerInfoResponse = self._info.GetServerInfo(
-                info_pb2.GetServerInfoRequest(), timeout=timeout
-            )
-        except grpc.RpcError as error:
-            raise error_of(error) from error
+        request = info_pb2.GetServerInfoRequest()
+        info: info_pb2.GetServerInfoResponse = self._ask(self._info.GetServerInfo, request, timeout)
         return info
 
     def load(self, timeout: float = 10.0) -> info_pb2.Load:
         """How full the server is. Raises RequestError."""
+        request = info_pb2.GetLoadRequest()
+        answer: info_pb2.GetLoadResponse = self._ask(self._info.GetLoad, request, timeout)
+        return answer.load
+
+    @staticmethod
+    def _ask(method: Any, request: Message, timeout: float) -> Any:
         try:
-            answer: info_pb2.GetLoadResponse = self._info.GetLoad(info_pb2.GetLoadRequest(), timeout=timeout)
+            return method(request, timeout=timeout)
         except grpc.RpcError as error:
             raise error_of(error) from error
-        return answer.load
 
     def watch_stats(self, interval: float = 0.5) -> Iterator[info_pb2.WatchStatsResponse]:
         """Load and timeline every `interval` seconds, until the iteration is left."""
@@ -604,25 +754,69 @@ class AsyncDriftClient:
         """Start a request; `fields` as in `build_request`, `timeout` in seconds."""
         return AsyncGeneration(self._generation.Generate(build_request(prompt, **fields), timeout=timeout))
 
+    async def tokenize(
+        self,
+        text: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        special_tokens: bool = True,
+        model: str | None = None,
+        timeout: float = 30.0,
+    ) -> list[int]:
+        """The token ids that the server makes of a text or a conversation. Raises RequestError."""
+        request = _tokenize_request(text, messages, special_tokens, model)
+        answer: pb.TokenizeResponse = await self._ask(self._generation.Tokenize, request, timeout)
+        return list(answer.token_ids)
+
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        special_tokens: bool = False,
+        model: str | None = None,
+        timeout: float = 30.0,
+    ) -> str:
+        """The text of token ids. Raises RequestError."""
+        request = _detokenize_request(token_ids, special_tokens, model)
+        answer: pb.DetokenizeResponse = await self._ask(self._generation.Detokenize, request, timeout)
+        return answer.text
+
+    async def model(self, name: str | None = None, timeout: float = 10.0) -> info_pb2.Model:
+        """The model of that name, or the one that is served. Raises RequestError."""
+        request = info_pb2.GetModelRequest(name=name)
+        answer: info_pb2.GetModelResponse = await self._ask(self._info.GetModel, request, timeout)
+        return answer.model
+
+    async def models(self, timeout: float = 10.0) -> list[info_pb2.Model]:
+        """Every model that is served: none while the server starts. Raises RequestError."""
+        request = info_pb2.ListModelsRequest()
+        answer: info_pb2.ListModelsResponse = await self._ask(self._info.ListModels, request, timeout)
+        return list(answer.models)
+
+    async def plugins(self, timeout: float = 30.0) -> list[info_pb2.Plugin]:
+        """The policies, cost models and other parts that are installed there. Raises RequestError."""
+        request = info_pb2.ListPluginsRequest()
+        answer: info_pb2.ListPluginsResponse = await self._ask(self._info.ListPlugins, request, timeout)
+        return list(answer.plugins)
+
     async def server_info(self, timeout: float = 10.0) -> info_pb2.GetServerInfoResponse:
         """What is served there. Raises RequestError."""
-        try:
-            info: info_pb2.GetServerInfoResponse = await self._info.GetServerInfo(
-                info_pb2.GetServerInfoRequest(), timeout=timeout
-            )
-        except grpc.RpcError as error:
-            raise error_of(error) from error
+        request = info_pb2.GetServerInfoRequest()
+        info: info_pb2.GetServerInfoResponse = await self._ask(self._info.GetServerInfo, request, timeout)
         return info
 
     async def load(self, timeout: float = 10.0) -> info_pb2.Load:
         """How full the server is. Raises RequestError."""
+        request = info_pb2.GetLoadRequest()
+        answer: info_pb2.GetLoadResponse = await self._ask(self._info.GetLoad, request, timeout)
+        return answer.load
+
+    @staticmethod
+    async def _ask(method: Any, request: Message, timeout: float) -> Any:
         try:
-            answer: info_pb2.GetLoadResponse = await self._info.GetLoad(
-                info_pb2.GetLoadRequest(), timeout=timeout
-            )
+            return await method(request, timeout=timeout)
         except grpc.RpcError as error:
             raise error_of(error) from error
-        return answer.load
 
     async def watch_stats(self, interval: float = 0.5) -> AsyncIterator[info_pb2.WatchStatsResponse]:
         """Load and timeline every `interval` seconds, until the iteration is left."""

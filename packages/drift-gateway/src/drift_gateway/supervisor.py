@@ -28,6 +28,7 @@ from drift_core.frames import Ready, Starting, StepFrame, Submit
 from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT, hang_of
+from drift_gateway.forms import FORMS
 from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.service_stats import EndedOutput, ServiceStats
 from drift_gateway.splits_used import SplitsUsed
@@ -179,6 +180,7 @@ class Supervisor:
                 raise EngineGone(f"the engine process ended while starting: {ended.result()}")
             facts = await self._explained(ready, process)
             tokenizer = await asyncio.to_thread(load_tokenizer, facts.directory)
+            await asyncio.to_thread(FORMS.learn, tokenizer, facts)
         except BaseException:
             ready.cancel()
             await self._end_engine()
