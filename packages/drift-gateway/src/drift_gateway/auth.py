@@ -107,10 +107,7 @@ class Authenticator(grpc.aio.ServerInterceptor):
     def _admit(self, tenant: Tenant, role: Role, method: str) -> None:
         """Raises Refusal; otherwise this task's calls are the tenant's."""
         if not tenant.role.includes(role):
-            name = method.removeprefix("/")
-            message = (
-                f"{name} needs the role '{role.value}', and tenant '{tenant.name}' has '{tenant.role.value}'"
-            )
+            message = f"the call needs the role '{role.value}', and tenant '{tenant.name}' has '{tenant.role.value}'"
             raise Refusal(Reason.PERMISSION_DENIED, message)
         if method in _RATED:
             tenant.count_request(self._clock())

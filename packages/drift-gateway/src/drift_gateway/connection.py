@@ -118,6 +118,20 @@ class _AuthorizedChannel:
 
         return make
 
+    def __enter__(self) -> Any:
+        self._channel.__enter__()
+        return self
+
+    def __exit__(self, *exit: Any) -> Any:
+        return self._channel.__exit__(*exit)
+
+    async def __aenter__(self) -> Any:
+        await self._channel.__aenter__()
+        return self
+
+    async def __aexit__(self, *exit: Any) -> Any:
+        return await self._channel.__aexit__(*exit)
+
     def _call(self, method: Any, request: Any = None, *, metadata: Any = (), **kwargs: Any) -> Any:
         return method(request, metadata=(*(metadata or ()), *self._metadata), **kwargs)
 
