@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -429,7 +429,8 @@ def _on_infeasible(name: str) -> pb.OnInfeasible:
     known = {full.removeprefix("ON_INFEASIBLE_").lower(): full for full in pb.OnInfeasible.keys()[1:]}
     if name not in known:
         raise DriftError(f"on_infeasible '{name}' is none of {', '.join(known)}")
-    return pb.OnInfeasible.Value(known[name])
+    value: Any = pb.OnInfeasible.Value(known[name])  # a plain int, which the stubs do not take for the enum's
+    return cast(pb.OnInfeasible, value)
 
 
 def _tokenize_request(
