@@ -98,11 +98,14 @@ class Matcher:
 
     __slots__ = ("_allowed", "_inner", "_size", "ends", "fault")
 
-    def __init__(self, inner: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, allowed: Allowed | None = None
+    ) -> None:
+        """allowed: what may come first, where that is known."""
         self._inner = inner
         self.ends = list(vocabulary.eos_token_ids)
         self._size = vocabulary.vocab_size
-        self._allowed: Allowed | None = None
+        self._allowed = allowed
         self.fault: str | None = None
         """Why the form cannot be followed any further, once that is so."""
 
@@ -143,16 +146,16 @@ class Matcher:
 
 
 class Form:
-    """A compiled form."""
+    """A compiled form. `first`: which tokens may begin an output."""
 
-    def __init__(self, inner: llguidance.LLMatcher, vocabulary: Vocabulary) -> None:
-        self._inner, self._vocabulary = inner, vocabulary
+    def __init__(self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, first: Allowed) -> None:
+        self._inner, self._vocabulary, self._first = inner, vocabulary, first
         self._lock = threading.Lock()
 
     def matcher(self) -> Matcher:
         """A matcher at the beginning of an output; some microseconds."""
         with self._lock:
-            return Matcher(self._inner.deep_copy(), self._vocabulary)
+            return Matcher(self._inner.deep_copy(), self._vocabulary, self._first)
 
 
 def compile_form(vocabulary: Vocabulary, structured: Structured) -> Form:
@@ -163,10 +166,11 @@ def compile_form(vocabulary: Vocabulary, structured: Structured) -> Form:
     if inner.is_error():
         raise FormError(_reason(inner, "cannot be compiled"))
     first = Matcher(inner.deep_copy(), vocabulary)
-    first.allowed()
+    allowed = first.allowed()
     if first.fault is not None:
         raise FormError(f"is impossible: {first.fault}")
-    return Form(inner, vocabulary)
+    allowed.flags.writeable = False  # every output begins with it
+    return Form(inner, vocabulary, allowed)
 
 
 # ------------------------------------------------------------------------------------------ the pool

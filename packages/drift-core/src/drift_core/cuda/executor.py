@@ -147,6 +147,8 @@ class CudaExecutor:
         self._decode_units = 0
         self._over = False
         self._failures: list[Event] = []
+        self._formed: set[str] = set()  # requests whose output has a form
+        self._masks: list[Matcher] = []  # of the step under way, still to be worked out
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -221,6 +223,8 @@ class CudaExecutor:
         state = SamplerState(sampling, request.prompt, model.eos_token_ids, model.vocab_size, seed, matcher)
         self._sequences.add(request.id, request.prompt, state)
         self.decode.cells.admit(request.id, state, seed)
+        if matcher is not None:
+            self._formed.add(request.id)
         self.post(RequestArrived(request))
 
     def post(self, event: Event) -> None:
@@ -275,6 +279,8 @@ class CudaExecutor:
     def forget(self, request_ids: Sequence[str]) -> None:
         """Drop what is kept of ended requests."""
         self._sequences.forget(request_ids)
+        if self._formed:
+            self._formed.difference_update(request_ids)
         self.decode.cells.forget(request_ids)
         self.prefill.forget(self._sequences)
 
@@ -339,6 +345,11 @@ class CudaExecutor:
             started = self.times.start()
             if self.decode.prepare(self._decode_units):
                 self.times.stop("prepare", started)
+                return
+        if self._masks:
+            started = self.times.start()
+            self._masks.pop().allowed()
+            self.times.stop("masks", started)
 
     # ------------------------------------------------------------------------------------- launching
 
@@ -414,6 +425,7 @@ class CudaExecutor:
         self._launch_next(running)
         lane.rows.done()
         self._decode_units = units
+        self._note_masks()
 
     def _start_mixed(self, gang: Gang) -> None:
         block, step = gang.prefill, gang.decode
@@ -436,6 +448,13 @@ class CudaExecutor:
         self._launch_next(running)
         lane.rows.done()
         self._decode_units = 0
+        self._note_masks()
+
+    def _note_masks(self) -> None:
+        """What the forms of this step's outputs allow is worked out while the device computes the logits."""
+        if self._formed:
+            matchers = (state.sampler.matcher for state in self.decode.rows.states)
+            self._masks = [matcher for matcher in matchers if matcher is not None]
 
     def _start_prefill(self, gang: Gang) -> None:
         block = gang.prefill
