@@ -17,6 +17,8 @@ from drift_core.frames import Submit
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
 from drift_gateway.compat.wire import vllm_engine_pb2_grpc
+from drift_gateway.security import Security, SecurityOptions
+from drift_gateway.tenants import new_token, token_entry
 
 
 def asked(ids: tuple[int, ...] = (1, 2, 3), stream: bool = True, **params: Any) -> vllm.GenerateRequest:
@@ -275,3 +277,25 @@ def test_a_model_without_a_tokenizer_says_so() -> None:
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
     run(body)
+
+
+def test_abort_reaches_the_callers_own_requests_only(tmp_path: Path) -> None:
+    tokens = {tenant: new_token() for tenant in ("acme", "other")}
+    entries = [f"[tenants.{tenant}]\n{token_entry(tenant, token)}" for tenant, token in tokens.items()]
+    (tmp_path / "tenants.toml").write_text("\n".join(entries))
+
+    async def body(under: UnderTest, smg: Smg) -> None:
+        own, others = ([("authorization", f"Bearer {tokens[tenant]}")] for tenant in ("acme", "other"))
+        call = smg.stub.Generate(asked(max_tokens=1000), metadata=own)
+        await under.until(lambda engine: len(engine.submits()) == 1)
+        await smg.stub.Abort(vllm.AbortRequest(request_ids=["chatcmpl-1"]), metadata=others)
+        under.engine.step()
+        assert (await call.read()).HasField("chunk")
+        assert under.engine.cancels() == []
+        await smg.stub.Abort(vllm.AbortRequest(request_ids=["chatcmpl-1"]), metadata=own)
+        await under.until(lambda engine: len(engine.cancels()) == 1)
+        with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
+            await smg.stub.Abort(vllm.AbortRequest())
+
+    security = Security(SecurityOptions(tenants=tmp_path / "tenants.toml"))
+    run(body, paused=True, security=security, token=tokens["acme"])
