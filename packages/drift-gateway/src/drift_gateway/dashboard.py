@@ -19,9 +19,11 @@ from aiohttp import web
 
 from drift_gateway.http_port import HttpPort
 from drift_gateway.info import InfoService
-from drift_gateway.readings import Reading, Readings
+from drift_gateway.readings import STRIP_LIMIT, Reading, Readings
 
 INTERVAL_S: Final = 0.25
+HISTORY_S: Final = 31.0
+HISTORY_SPANS: Final = 2000
 RETRY_MS: Final = 500
 MAX_VIEWERS: Final = 32
 PAGES: Final = {
@@ -76,11 +78,14 @@ class Dashboard:
             return web.json_response(await anext(readings))
 
     async def _readings(self) -> AsyncGenerator[Reading]:
+        """The first goes back over what the page shows, the others to the one before."""
         readings = Readings()
-        watcher = self._information.watcher()
+        watcher = self._information.watcher(time.monotonic() - HISTORY_S)
+        limit = HISTORY_SPANS
         while not self._information.stopping:
             message = self._information.stats(watcher, time.monotonic())
-            yield readings.take(self._information.describe(), message)
+            yield readings.take(self._information.describe(), message, limit)
+            limit = STRIP_LIMIT
             await asyncio.sleep(INTERVAL_S)
 
 

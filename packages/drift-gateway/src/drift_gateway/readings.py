@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from drift_gateway.v1 import info_pb2 as pb
 
 SCHEMA: Final = "drift.stats/1"
 RATE_WINDOW_S: Final = 5.0
+SPLIT_S: Final = 1.0
 STRIP_LIMIT: Final = 60
 """Most spans of one reading; a busier stretch of time is averaged down to so many."""
 
@@ -28,10 +30,12 @@ class Readings:
     def __init__(self) -> None:
         self._counts: deque[tuple[float, int, int, int]] = deque()
 
-    def take(self, info: pb.GetServerInfoResponse, message: pb.WatchStatsResponse) -> Reading:
-        """The reading of one message; `info` as the server last gave it."""
+    def take(
+        self, info: pb.GetServerInfoResponse, message: pb.WatchStatsResponse, limit: int = STRIP_LIMIT
+    ) -> Reading:
+        """The reading of one message, with at most `limit` spans; `info` as the server last gave it."""
         now = message.time_us / 1e6
-        spans = compact([span_of(stretch) for stretch in message.stretches])
+        spans = compact([span_of(stretch) for stretch in message.stretches], limit)
         return {
             "schema": SCHEMA,
             "time_s": now,
@@ -40,7 +44,7 @@ class Readings:
             "rates": self._rates(now, message.load),
             "goodput": sum(entry.goodput for entry in message.classes),
             "classes": [_class(entry) for entry in message.classes],
-            "split": split_of(spans),
+            "split": split_of(latest(spans)),
             "strip": [
                 [s.start, s.stop, s.prefill_units, s.decode_units, s.mixed_units, s.sharing] for s in spans
             ],
@@ -145,6 +149,13 @@ def span_of(stretch: pb.Stretch) -> Span:
     )
 
 
+def latest(spans: Sequence[Span], seconds: float = SPLIT_S) -> list[Span]:
+    """The spans of the last `seconds` at most."""
+    start = spans[-1].stop - seconds if spans else 0.0
+    recent = [span for span in spans if span.stop > start]
+    return [replace(span, start=max(span.start, start)) for span in recent]
+
+
 def compact(spans: Sequence[Span], limit: int = STRIP_LIMIT) -> list[Span]:
     """At most `limit` spans, over the same time, averaged where there were more."""
     if len(spans) <= limit:
@@ -159,7 +170,7 @@ def compact(spans: Sequence[Span], limit: int = STRIP_LIMIT) -> list[Span]:
 
 
 def split_of(spans: Iterable[Span]) -> dict[str, Any]:
-    """Mean units of each lane over the time that the reading covers, and how the device was shared for most of it."""
+    """Mean units of each lane over the time of the spans, and how the device was shared for most of it."""
     spans = list(spans)
     seconds = sum(span.stop - span.start for span in spans)
     if seconds <= 0:

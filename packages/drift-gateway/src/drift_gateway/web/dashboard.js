@@ -12,7 +12,8 @@ const still = matchMedia("(prefers-reduced-motion: reduce)");
 let units = 0;
 let serverTime = null; // of the latest reading, and when it came here
 let receivedAt = 0;
-let colours = {};
+let drawn = ""; // what the timeline shows
+const colours = {};
 
 function number(value, digits = 0) {
   if (value === null || value === undefined) return "–";
@@ -50,7 +51,7 @@ function show(reading) {
   at("running-of").textContent = server.max_running ? "of " + number(server.max_running) : "";
   fill("running-bar", server.max_running ? load.running / server.max_running : 0, true);
   const tokens = load.waiting_prefill_tokens;
-  at("queue").textContent = number(load.waiting) + " waiting" + (tokens ? ", " + number(tokens) + " tokens to prefill" : "");
+  at("queue").textContent = number(load.waiting) + " waiting" + (tokens ? " (" + number(tokens) + " tokens)" : "");
   at("kv").textContent = number(load.used_pages);
   at("kv-of").textContent = "of " + number(load.total_pages);
   fill("kv-bar", load.kv_share, true);
@@ -61,7 +62,7 @@ function show(reading) {
   at("tokens").textContent = number(rates.output_tokens_per_s);
   at("rates").textContent = number(rates.requests_per_s, 2) + " requests/s finished";
   at("goodput").textContent = number(reading.goodput, 2);
-  curve(rates.output_tokens_per_s || 0);
+  curve(rates.output_tokens_per_s);
   showClasses(reading.classes);
   if (still.matches) draw();
 }
@@ -91,10 +92,12 @@ function showSplit(split) {
 }
 
 function curve(value) {
+  if (value === null) return;
   spark.push(value);
   if (spark.length > SPARK) spark.shift();
   const top = Math.max(...spark, 1e-9);
-  const points = spark.map((v, i) => `${((100 * i) / (SPARK - 1)).toFixed(2)},${(23 - (22 * v) / top).toFixed(2)}`);
+  const left = SPARK - spark.length;
+  const points = spark.map((v, i) => `${((100 * (left + i)) / (SPARK - 1)).toFixed(2)},${(23 - (22 * v) / top).toFixed(2)}`);
   document.querySelector("#spark polyline").setAttribute("points", points.join(" "));
 }
 
@@ -110,6 +113,7 @@ function row(entry) {
     const cell = line.insertCell();
     cell.textContent = text;
     if (kind) cell.className = kind;
+    return cell;
   };
   add(entry.name);
   add(number(entry.finished));
@@ -118,11 +122,18 @@ function row(entry) {
     const target = entry[metric + "_target_s"];
     const kept = entry[metric + "_attainment"];
     add(seconds(entry[metric + "_p50_s"]));
-    add(seconds(entry[metric + "_p99_s"]), target === null ? "" : late ? "bad" : "good");
+    const cell = add(seconds(entry[metric + "_p99_s"]), target === null ? "" : late ? "bad" : "good");
+    if (target !== null) cell.append(small("of " + seconds(target)));
     add(seconds(target));
     add(share(kept, 1), kept === null ? "" : kept >= 0.99 ? "good" : kept >= 0.9 ? "warn" : "bad");
   }
   return line;
+}
+
+function small(text) {
+  const element = document.createElement("small"); // shown where there is no room for a column of targets
+  element.textContent = text;
+  return element;
 }
 
 function readColours() {
@@ -131,11 +142,19 @@ function readColours() {
 }
 
 // The timeline: prefill hangs from the top, decode stands on the bottom, the whole height is the whole device.
+// Each column of pixels shows the average over its own stretch of time, on a grid that moves on by whole columns.
 function draw() {
   const canvas = at("timeline");
   const ratio = devicePixelRatio || 1;
   const width = Math.round(canvas.clientWidth * ratio);
   const height = Math.round(canvas.clientHeight * ratio);
+  const step = WINDOW / Math.max(1, width);
+  // Time stands still while nothing comes.
+  const since = still.matches ? 0 : Math.min(1, (performance.now() - receivedAt) / 1000);
+  const right = serverTime === null ? 0 : Math.floor((serverTime + since - LATE) / step) * step;
+  const frame = [right, width, height, strip.length, colours.idle].join();
+  if (frame === drawn || !width) return;
+  drawn = frame;
   if (canvas.width !== width || canvas.height !== height) {
     canvas.width = width;
     canvas.height = height;
@@ -144,23 +163,44 @@ function draw() {
   pen.fillStyle = colours.idle;
   pen.fillRect(0, 0, width, height);
   if (serverTime === null || !units) return;
-  // Time stands still while nothing comes.
-  const since = still.matches ? 0 : Math.min(1, (performance.now() - receivedAt) / 1000);
-  const right = serverTime + since - LATE;
-  const scale = width / WINDOW;
-  for (const [start, stop, prefill, decode, mixed] of strip) {
-    const x = Math.round(width - (right - start) * scale);
-    const end = Math.round(width - (right - stop) * scale);
-    if (end < 0 || x > width || end <= x) continue;
-    const above = Math.round((height * prefill) / units);
-    const below = Math.round((height * decode) / units);
-    if (above) block(pen, colours.prefill, x, 0, end - x, above);
-    if (mixed) block(pen, colours.mixed, x, above, end - x, Math.round((height * mixed) / units));
-    if (below) block(pen, colours.decode, x, height - below, end - x, below);
+  const columns = averages(right - WINDOW, step, width);
+  for (let x = 0; x < width; ) {
+    let end = x + 1;
+    while (end < width && same(columns, x, end)) end += 1;
+    const [above, below, both] = [0, 1, 2].map((lane) => Math.round((height * columns[3 * x + lane]) / units));
+    block(pen, colours.prefill, x, 0, end - x, above);
+    block(pen, colours.mixed, x, above, end - x, both);
+    block(pen, colours.decode, x, height - below, end - x, below);
+    x = end;
   }
 }
 
+// Units of prefill, decode and both for each of `count` columns, three numbers a column.
+function averages(left, step, count) {
+  const sums = new Float64Array(3 * count);
+  for (const [start, stop, prefill, decode, mixed] of strip) {
+    const first = Math.max(0, Math.floor((start - left) / step));
+    const last = Math.min(count - 1, Math.floor((stop - left) / step));
+    for (let k = first; k <= last; k += 1) {
+      const part = (Math.min(stop, left + (k + 1) * step) - Math.max(start, left + k * step)) / step;
+      if (part <= 0) continue;
+      sums[3 * k] += part * prefill;
+      sums[3 * k + 1] += part * decode;
+      sums[3 * k + 2] += part * mixed;
+    }
+  }
+  return sums;
+}
+
+function same(columns, a, b) {
+  for (let lane = 0; lane < 3; lane += 1) {
+    if (Math.abs(columns[3 * a + lane] - columns[3 * b + lane]) > 1e-6) return false;
+  }
+  return true;
+}
+
 function block(pen, colour, x, y, width, height) {
+  if (height <= 0) return;
   pen.fillStyle = colour;
   pen.fillRect(x, y, width, height);
 }
