@@ -83,9 +83,15 @@ class Timeline:
         if self._since is None or now > self._since:
             self._since = now
 
-    def watch(self) -> Watcher:
-        """A reader of everything from now on."""
-        return Watcher(self, self._count)
+    def watch(self, since: float | None = None) -> Watcher:
+        """A reader of everything from now on, or of what is kept from `since` on."""
+        back = 0
+        if since is not None:
+            for stretch in reversed(self._closed):
+                if stretch.stop <= since:
+                    break
+                back += 1
+        return Watcher(self, self._count - back)
 
     def after(self, cursor: int) -> tuple[int, list[Stretch], int]:
         """Where to go on, the stretches from `cursor` on, and how many of those are no longer kept."""
