@@ -13,6 +13,7 @@ from gateway_under_test import UnderTest, run_with_gateway
 
 from drift_gateway import auth, server
 from drift_gateway import client as api
+from drift_gateway.admin import AdminPort
 from drift_gateway.connection import Connection
 from drift_gateway.security import Security, SecurityOptions
 from drift_gateway.tenants import new_token, token_entry
@@ -103,7 +104,14 @@ def test_every_method_of_every_server_refuses_strangers(monkeypatch: pytest.Monk
     keys.add("acme")
 
     async def body(under: UnderTest) -> None:
+        admin = AdminPort(under.supervisor, under.gateway.security)
+        await admin.open(server.Address("127.0.0.1", 0))
+        await every_method(under)
+        await admin.close()
+
+    async def every_method(under: UnderTest) -> None:
         assert set(registered.methods) == set(registered.ports), "a server that was made listens"
+        assert len(registered.ports) == 2
         reached = set()
         for which, methods in registered.methods.items():
             async with grpc.aio.insecure_channel(f"127.0.0.1:{registered.ports[which]}") as channel:
@@ -123,6 +131,7 @@ def test_every_method_of_every_server_refuses_strangers(monkeypatch: pytest.Monk
             "/inference.GRPCInferenceService/ModelInfer",
             "/vllm.grpc.engine.VllmEngine/Generate",
         } <= reached
+        assert "/drift.v1.AdminService/Drain" in reached
         assert any("ServerReflection" in method for method in reached)
         assert {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"} == auth.OPEN <= reached
         decided = {method.split("/")[1] for method in reached} <= set(auth._SERVICE_ROLES)
