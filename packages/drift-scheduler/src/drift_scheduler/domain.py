@@ -80,8 +80,8 @@ class Request:
     counting KV, while the real KV derives its own from `prompt` and `salt`. `output_tokens`: the true output
     length where a trace knows it; executors that simulate use it, policies never see it.
     `reuse_tokens`: leading prompt tokens that later requests are likely to bring again; what lies behind them is
-    evicted from the prefix cache first. `session`, `turn`, `think`: closed-loop traces; `think` is seconds between the previous turn's end and
-    this arrival.
+    evicted from the prefix cache first. `session`, `turn`: of a conversation. `think`: seconds from the previous
+    turn's end to this arrival, which closes the loop in simulation; a session's first turn carries one too, unused.
     """
 
     id: str

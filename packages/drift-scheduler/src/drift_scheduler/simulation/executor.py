@@ -32,6 +32,7 @@ from drift_scheduler.domain import (
     Sharing,
 )
 from drift_scheduler.protocols import CostModel
+from drift_scheduler.simulation.arrivals import Arrivals
 
 Failure = Callable[[Lane, PrefillBlock | DecodeStep], str | None]
 """Asked when work is launched; a message makes it fail at its end (for tests)."""
@@ -80,8 +81,9 @@ class _Work:
 class SimulatedExecutor:
     """Implements `drift_scheduler.protocols.Executor` on virtual time.
 
-    `requests`: in order of arrival, consumed lazily. `interruptions`: further `(time, event)` pairs in order of time
-    (cancellations). The simulation ends when no arrivals are left and nothing runs.
+    `requests`: in order of arrival, consumed lazily unless sessions wait for their turns (see `arrivals`).
+    `interruptions`: further `(time, event)` pairs in order of time (cancellations). The simulation ends when no more
+    arrivals are to come and nothing runs.
     """
 
     def __init__(
@@ -97,7 +99,6 @@ class SimulatedExecutor:
     ) -> None:
         self._device = device
         self._truth = truth
-        self._requests: Iterator[Request] = iter(requests)
         self._interruptions: Iterator[tuple[float, Event]] = iter(interruptions)
         self._overheads = overheads or Overheads()
         self._random = random.Random(seed)
@@ -109,7 +110,7 @@ class SimulatedExecutor:
         self._partition: Partition | None = None
         self._next_layer: dict[int, tuple[int, frozenset[str]]] = {}  # batch -> (layer, ids) to come
         self._lengths = _Lengths()
-        self._next_request = next(self._requests, None)
+        self._arrivals = Arrivals(requests)
         self._next_interruption = next(self._interruptions, None)
         self._idle_wakes = 0
         self._host_free = 0.0  # when the host has launched everything it was given
@@ -177,6 +178,7 @@ class SimulatedExecutor:
     def forget(self, request_ids: Sequence[str]) -> None:
         """These requests ended."""
         self._lengths.forget(request_ids)
+        self._arrivals.ended(request_ids, self._now)
 
     # ---------------------------------------------------------------------------------------- launching
 
@@ -238,8 +240,9 @@ class SimulatedExecutor:
             due = self._decode.end
         if self._prefill is not None and (due is None or self._prefill.end < due):
             due = self._prefill.end
-        if self._next_request is not None and (due is None or self._next_request.arrival < due):
-            due = self._next_request.arrival
+        request = self._arrivals.next
+        if request is not None and (due is None or request.arrival < due):
+            due = request.arrival
         if self._next_interruption is not None and (due is None or self._next_interruption[0] < due):
             due = self._next_interruption[0]
         return due
@@ -291,20 +294,11 @@ class SimulatedExecutor:
         while self._next_interruption is not None and self._next_interruption[0] <= now:
             events.append(self._next_interruption[1])
             self._next_interruption = next(self._interruptions, None)
-        while self._next_request is not None and self._next_request.arrival <= now:
-            events.append(self._arrival(self._next_request))
+        while (request := self._arrivals.next) is not None and request.arrival <= now:
+            self._arrivals.advance()
+            self._lengths.add(request)
+            events.append(RequestArrived(request))
         return events
-
-    def _arrival(self, request: Request) -> RequestArrived:
-        self._lengths.add(request)
-        following = next(self._requests, None)
-        if following is not None and following.arrival < request.arrival:
-            raise ValueError(
-                f"request '{following.id}' arrives at {following.arrival} s, before '{request.id}' "
-                f"at {request.arrival} s: a workload's arrivals must be in order"
-            )
-        self._next_request = following
-        return RequestArrived(request)
 
     def _decode_done(self, done: _Work) -> Event:
         if done.failure is not None:

@@ -180,7 +180,7 @@ def workload(registry: Registry, scenario: Scenario) -> Iterable[Request]:
             return read_trace(name, seed=scenario.seed, **asked, **options)
         except TypeError:
             raise OptionError(
-                f"trace '{name}' takes the options block_tokens, max_output, not {', '.join(options)}"
+                f"trace '{name}' takes the options block_tokens, closed, max_output, not {', '.join(options)}"
             ) from None
     made: Iterable[Request] = registry.create("workload", name, scenario.seed, **asked, **options)
     return made

@@ -56,6 +56,23 @@ def _published(name: str, summary: str) -> Callable[..., Iterable[Request]]:
     return workload
 
 
+def _sessions(name: str, summary: str) -> Callable[..., Iterable[Request]]:
+    def workload(
+        seed: int = 0,
+        rate: float | None = None,
+        requests: int | None = None,
+        slo: SLO | None = None,
+        think: float | None = None,
+    ) -> Iterable[Request]:
+        from drift_scheduler.workloads import generated
+
+        return generated.published(name, seed, rate, requests, slo, think)
+
+    workload.__doc__ = summary
+    workload.__name__ = name.replace("-", "_")
+    return workload
+
+
 FACTORIES: Mapping[str, Callable[..., Iterable[Request]]] = MappingProxyType(
     {
         "synthetic": synthetic,
@@ -66,13 +83,13 @@ FACTORIES: Mapping[str, Callable[..., Iterable[Request]]] = MappingProxyType(
         "openthoughts": _published(
             "openthoughts", "Reasoning: input 311/709/4633, 243 of them shared by all, output 684/8374/32k."
         ),
-        "conversation": _published(
+        "conversation": _sessions(
             "conversation",
-            "Multi-turn chat: input 891/7538/123k, 4496 of them reused on average, output 1/342/2000.",
+            "Multi-turn chat: input 891/7538/123k, 4496 of them reused on average, output 1/342/2000; option think.",
         ),
-        "tool-agent": _published(
+        "tool-agent": _sessions(
             "tool-agent",
-            "Agents calling tools: input 891/8596/123k, 4905 reused on average, output 1/182/2000.",
+            "Agents calling tools: input 891/8596/123k, 4905 reused on average, output 1/182/2000; option think.",
         ),
     }
 )

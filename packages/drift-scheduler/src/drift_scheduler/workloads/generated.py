@@ -131,13 +131,18 @@ def _table() -> Mapping[str, Lengths | Sessions]:
 
 
 def published(
-    name: str, seed: int, rate: float | None, requests: int | None, slo: SLO | None
+    name: str,
+    seed: int,
+    rate: float | None,
+    requests: int | None,
+    slo: SLO | None,
+    think: float | None = None,
 ) -> Iterator[Request]:
-    """One of the workloads above by name."""
+    """One of the workloads above by name; `think` is for sessions only."""
     shape = _table()[name]
     if isinstance(shape, Lengths):
         return independent(name, shape, seed, rate, requests, slo)
-    return sessions(name, shape, seed, rate, requests, slo)
+    return sessions(name, shape, seed, rate, requests, slo, think)
 
 
 def independent(
@@ -169,10 +174,21 @@ def independent(
 
 
 def sessions(
-    name: str, shape: Sessions, seed: int, rate: float | None, requests: int | None, slo: SLO | None
+    name: str,
+    shape: Sessions,
+    seed: int,
+    rate: float | None,
+    requests: int | None,
+    slo: SLO | None,
+    think: float | None = None,
 ) -> Iterator[Request]:
-    """Multi-turn requests, open loop: a turn arrives when the Poisson process says so, not when the last one ended."""
+    """Multi-turn requests. Open loop: a turn arrives when the Poisson process says so, whether or not the last one
+    ended. With `think`, mean seconds of an exponential distribution, closed loop: sessions open as they would have,
+    each further turn arrives so long after the previous one ended. Raises OptionError at once."""
     arrivals = poisson(seed, rate, requests)
+    if think is not None and not (think >= 0 and math.isfinite(think)):
+        raise OptionError(f"think is {think} seconds, need at least 0")
+    pauses = random.Random(f"{seed}/{name}/think")
     rng = random.Random(f"{seed}/{name}")
     new_tokens, continues, targets = shape.new, shape.continues, slo or NO_TARGET
 
@@ -202,6 +218,7 @@ def sessions(
                 output_tokens=shape.output.draw(rng),
                 session=f"{name}-s{session.number}",
                 turn=session.turns - 1,
+                think=None if think is None else think * pauses.expovariate(1.0),
             )
 
     return draw()

@@ -87,8 +87,11 @@ def read_trace(
     slo: SLO | None = None,
     block_tokens: int | None = None,
     max_output: int = MAX_OUTPUT,
+    closed: bool = True,
 ) -> Iterator[Request]:
     """Requests of a trace file in order of arrival, streamed.
+
+    Sessions with think times are a closed loop (see `drift_scheduler.simulation.arrivals`) unless `closed` is false.
 
     `rate`: rescales the trace's own times to that mean (one more pass over the file), or draws Poisson arrivals where
     it has none. `requests`: only the first so many. `block_tokens`: prompt positions per prefix id. Raises DriftError
@@ -104,7 +107,13 @@ def read_trace(
     if first is None:
         raise DriftError(f"{path}: holds no requests")
     timing = _timing(path, requests, rate)
-    return _requests(path, timing, seed, requests, slo or NO_TARGET, block_tokens, max_output)
+    think = closed and _has_think(path, first, requests)
+    return _requests(path, timing, seed, requests, slo or NO_TARGET, block_tokens, max_output, think)
+
+
+def _has_think(path: str | Path, first: Record, requests: int | None) -> bool:
+    """Whether sessions have think times; only then must the first turns, which have none, be told from open loop."""
+    return first.session is not None and any(r.think is not None for r in islice(_records(path), requests))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +150,25 @@ def _requests(
     slo: SLO,
     block_tokens: int | None,
     max_output: int,
+    closed: bool,
 ) -> Iterator[Request]:
     name = Path(path).name.split(".")[0]
     arrivals = poisson(seed, timing.rate, requests or 1 << 62) if timing.scale is None else None
     previous = timing.start
+    turns: dict[str, int] = {}
     for i, record in enumerate(islice(_records(path), requests)):
         if record.arrival < previous:
             raise DriftError(f"{path}:{record.line}: field arrival: earlier than the line before")
         previous = record.arrival
+        think = None
+        if closed and record.session is not None:
+            if record.turn <= turns.get(record.session, -1):
+                raise DriftError(
+                    f"{path}:{record.line}: field turn: {record.turn} of session {record.session} comes after turn "
+                    f"{turns[record.session]}"
+                )
+            turns[record.session] = record.turn
+            think = record.think or 0.0
         if record.blocks and block_tokens is None:
             block_tokens = record.block_tokens or _block_size(path, record)
         size = record.block_tokens or block_tokens or 16
@@ -166,7 +186,7 @@ def _requests(
             output_tokens=record.output_tokens,
             session=record.session,
             turn=record.turn,
-            think=record.think,
+            think=think,
         )
 
 
