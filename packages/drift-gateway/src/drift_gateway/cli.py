@@ -186,6 +186,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     help="Outputs let in, those in the queue included; more are refused.",
 )  # fmt: skip
 @click.option(
+    "--max-queued", type=click.IntRange(1, 65536),
+    help="Outputs of one SLO class that may wait for their first token.  [default: half of --max-in-flight]",
+)  # fmt: skip
+@click.option(
+    "--kv-promise", type=click.FloatRange(0.1, 10_000), default=16.0, show_default=True,
+    help="Pages promised to requests in flight, the waiting ones included, in KV pools; more are refused.",
+)  # fmt: skip
+@click.option(
     "--max-context", type=click.IntRange(2), help="Tokens of prompt and output.  [default: the model's]"
 )
 @click.option("--cores", type=click.IntRange(1), help="CPU cores to use.  [default: all allowed ones]")
@@ -210,6 +218,8 @@ def serve(
     listen: str,
     insecure_bind: bool,
     max_in_flight: int,
+    max_queued: int | None,
+    kv_promise: float,
     grace: float,
     http: str | None,
     compat: str,
@@ -228,6 +238,7 @@ def serve(
     from drift_core.engine import engine_config
     from drift_gateway import serving
     from drift_gateway.compat import parse_compat
+    from drift_gateway.gate import GateLimits
     from drift_gateway.server import parse_address
 
     protocols = parse_compat(compat)
@@ -244,7 +255,15 @@ def serve(
     _check_policies(config)
     pages = None if http is None else parse_address(http)
     options = serving.ServeOptions(
-        config, parse_address(listen), insecure_bind, max_in_flight, grace, pages, protocols, security, operations
+        config,
+        parse_address(listen),
+        insecure_bind,
+        GateLimits(max_in_flight, max_queued, kv_promise),
+        grace,
+        pages,
+        protocols,
+        security,
+        operations,
     )
     return serving.serve(options, Console(stderr=True))
 

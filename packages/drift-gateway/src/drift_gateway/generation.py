@@ -22,6 +22,7 @@ from drift_gateway.calls import Call, call_of
 from drift_gateway.gate import Gate, GateLimits, Verdict
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
+from drift_gateway.request_record import Recorder, RequestRecord, tell
 from drift_gateway.splits_used import SplitsUsed
 from drift_gateway.supervisor import Served, Supervisor
 from drift_gateway.v1 import generation_pb2 as pb
@@ -39,6 +40,8 @@ class Generations:
     def __init__(self, supervisor: Supervisor, limits: GateLimits) -> None:
         self._supervisor = supervisor
         self._gate = Gate(supervisor.ahead, limits)
+        self.recorders: list[Recorder] = []
+        """Told of every request when it has ended, refused ones included."""
 
     async def responses(
         self, request: pb.GenerateRequest, call: Call
@@ -48,9 +51,26 @@ class Generations:
         Raises Refusal or EngineGone (`refusal.refusal_of` makes a Refusal of either) where the stream ends with a
         status. Close it, with `contextlib.aclosing`: that cancels what still runs.
         """
+        record = RequestRecord.begin(request, call)
+        error: BaseException | None = None
+        try:
+            async with aclosing(self._responses(request, call, record)) as responses:
+                async for response in responses:
+                    yield response
+        except BaseException as raised:  # the client left too: everything goes on as it came
+            error = raised
+            raise
+        finally:
+            record.end(error)
+            tell(self.recorders, record)
+
+    async def _responses(
+        self, request: pb.GenerateRequest, call: Call, record: RequestRecord
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         supervisor = self._supervisor
         served = supervisor.serving()
         admitted, verdict = await self._admit(request, served, call)
+        record.request_id, record.demoted = admitted.request_id, admitted.demoted
         submission = supervisor.submit(served, admitted.frames())
         supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
         timer = _end_at(call.deadline, submission)
@@ -64,7 +84,7 @@ class Generations:
             for output_id in admitted.output_ids:
                 supervisor.ahead.remove(output_id)
             supervisor.splits.forget(admitted.output_ids)
-            supervisor.ended(submission)
+            record.outputs = supervisor.ended(submission)
 
     async def _admit(
         self, request: pb.GenerateRequest, served: Served, call: Call

@@ -31,13 +31,16 @@ from rich.table import Table
 from drift_core.engine import EngineConfig
 from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
+from drift_gateway.access_log import AccessLog
 from drift_gateway.admin import AdminPort, check_admin_address
 from drift_gateway.dashboard import add_dashboard
+from drift_gateway.gate import DEFAULT_LIMITS, GateLimits
 from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
 from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.server import Address, Gateway, check_address
+from drift_gateway.spans import Spans, spans_to
 from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
 
 log = logging.getLogger("drift.gateway")
@@ -65,14 +68,15 @@ class OperationsOptions:
 class ServeOptions:
     """What `drift serve` was asked for.
 
-    `grace`: seconds that running streams get when the server stops. `http`: where to serve metrics and pages.
+    `limits`: who is let in. `grace`: seconds that running streams get when the server stops. `http`: where to serve
+    metrics and pages.
     `compat`: others' protocols to serve too. `security`: TLS and who may call, for gRPC alone.
     """
 
     engine: EngineConfig
     address: Address
     insecure_bind: bool = False
-    max_in_flight: int = 1024
+    limits: GateLimits = DEFAULT_LIMITS
     grace: float = 10.0
     http: Address | None = None
     compat: tuple[str, ...] = ()
@@ -101,7 +105,9 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
     display = StartUpDisplay(console)
     operations = options.operations
     supervisor = Supervisor(spawn, on_starting=display.news, hang_timeout=operations.hang_timeout)
-    gateway = Gateway(supervisor, options.max_in_flight, security, options.compat)
+    gateway = Gateway(supervisor, security=security, compat=options.compat, limits=options.limits)
+    recorders = _recorders(operations)
+    gateway.generations.recorders += recorders
     await gateway.open(options.address)
     pages = HttpPort()
     add_operations(pages, supervisor)
@@ -149,7 +155,19 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         stop.clear()  # the next signal ends the grace time
         await gateway.close(options.grace, hurry=stop, lame_duck=operations.lame_duck)
         await admin.close()
+        for recorder in recorders:
+            recorder.close()
         await pages.close()
+
+
+def _recorders(options: OperationsOptions) -> list[AccessLog | Spans]:
+    """Who keeps account of requests. Raises DriftError when one cannot."""
+    recorders: list[AccessLog | Spans] = []
+    if options.access_log is not None:
+        recorders.append(AccessLog(options.access_log))
+    if options.spans is not None:
+        recorders.append(spans_to(options.spans))
+    return recorders
 
 
 def _say_why(console: Console, error: BaseException | None) -> int:
