@@ -75,6 +75,12 @@ async def refused(call: Any) -> api.RequestError:
     return caught.value
 
 
+async def never() -> AsyncIterator[bytes]:
+    """A stream of messages that does not begin."""
+    await asyncio.sleep(3600)
+    yield b""
+
+
 async def until_the_end(events: AsyncIterator[api.Event]) -> None:
     async for _ in events:
         pass
@@ -468,25 +474,50 @@ def test_strangers_cannot_fill_the_server_with_calls(monkeypatch: pytest.MonkeyP
             watching = [watch(b"") for _ in range(2)]
             for call in watching:
                 await call.read()
-            error = await status_of(channel, "/grpc.health.v1.Health/Check")
+            error = await status_of(channel, "/grpc.health.v1.Health/Watch")
             assert error is not None
             assert error.reason == "QUEUE_FULL"
+            assert await status_of(channel, "/grpc.health.v1.Health/Check") is None, "probes go on"
             await under.client.server_info()
             for call in watching:
                 call.cancel()
-            while await status_of(channel, "/grpc.health.v1.Health/Check") is not None:
+            while await status_of(channel, "/grpc.health.v1.Health/Watch") is not None:
                 await asyncio.sleep(0.001)
 
     run_with_gateway(body, security=keys.security(), token=token)
 
 
+def test_an_open_call_must_send_its_message(monkeypatch: pytest.MonkeyPatch, keys: Keys) -> None:
+    keys.add("acme")
+    monkeypatch.setattr(auth, "OPEN_CALL_PATIENCE_S", 0.05)
+
+    async def body(under: UnderTest) -> None:
+        async with grpc.aio.insecure_channel(under.target) as channel:
+            check = channel.stream_stream("/grpc.health.v1.Health/Check")
+            for messages in (never(), iter([])):
+                assert await check(messages).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            answers = [answer async for answer in check(iter([b""]))]
+            assert answers == [b"\x08\x01"], "SERVING"
+
+    run_with_gateway(body, security=keys.security())
+
+
+def test_who_connects_and_says_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = dict(server.SERVER_OPTIONS) | {"grpc.server_handshake_timeout_ms": 200}
+    assert dict(server.SERVER_OPTIONS)["grpc.server_handshake_timeout_ms"] == 10_000
+    monkeypatch.setattr(server, "SERVER_OPTIONS", tuple(options.items()))
+
+    async def body(under: UnderTest) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", under.gateway.port)
+        await asyncio.wait_for(reader.read(), PATIENCE_S)  # to its end
+        writer.close()
+
+    run_with_gateway(body)
+
+
 def test_what_strangers_send_is_not_read(keys: Keys) -> None:
     """A refused call ends though its message never comes."""
     keys.add("acme")
-
-    async def never() -> AsyncIterator[bytes]:
-        await asyncio.sleep(3600)
-        yield b""
 
     async def body(under: UnderTest) -> None:
         async with grpc.aio.insecure_channel(under.target) as channel:

@@ -8,6 +8,7 @@ files; which token is whose is the business of `tenants`.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import time
@@ -25,7 +26,9 @@ log = logging.getLogger("drift.gateway")
 OPEN: Final = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 """What may be called without credentials."""
 MAX_OPEN_CALLS: Final = 256
-"""Calls without credentials that run at once; more are refused, so that strangers cannot fill the server."""
+"""Calls of each that run at once; more are refused, so that strangers cannot fill the server."""
+OPEN_CALL_PATIENCE_S: Final = 10.0
+"""How long such a call may take to send its message."""
 _SERVICE_ROLES: Final = {
     "grpc.health.v1.Health": Role.INFO,
     "grpc.reflection.v1alpha.ServerReflection": Role.INFO,
@@ -75,7 +78,7 @@ class Authenticator(grpc.aio.ServerInterceptor):
         self.refused: Counter[Reason] = Counter()
         self._certificates = certificates
         self._clock, self._wall = clock, wall
-        self._open_calls = 0
+        self._open_calls: Counter[str] = Counter()
         self._complaints = Complaints()
 
     async def intercept_service(self, continuation: Continuation, details: Details) -> Any:
@@ -138,28 +141,39 @@ class Authenticator(grpc.aio.ServerInterceptor):
         return _preceded(handler, admitted)
 
     async def _bounded(self, continuation: Continuation, details: Details) -> Any:
-        """The handler of an open method, of which only so many run at once."""
+        """The handler of an open method, of which only so many run at once, those still to send their message too."""
         handler = await continuation(details)
         if handler is None:
             return None
-        kind = _kind_of(handler)
+        kind, method = _kind_of(handler), details.method
         behaviour = getattr(handler, kind)
 
-        async def counted(request: Any, context: Any) -> Any:
-            if self._open_calls >= MAX_OPEN_CALLS:
-                problem = f"{self._open_calls} calls without credentials are running; try again later"
+        async def counted(requests: Any, context: Any) -> None:
+            if self._open_calls[method] >= MAX_OPEN_CALLS:
+                problem = (
+                    f"{self._open_calls[method]} such calls without credentials are running; try again later"
+                )
                 await abort(context, Refusal(Reason.QUEUE_FULL, problem))
-            self._open_calls += 1
+            self._open_calls[method] += 1
             try:
-                return await behaviour(request, context)
+                async with asyncio.timeout(OPEN_CALL_PATIENCE_S):
+                    request = await anext(requests)
+                response = await behaviour(request, context)
+                if kind == "unary_unary":
+                    await context.write(response)
+            except (TimeoutError, StopAsyncIteration):
+                await abort(context, Refusal(Reason.DEADLINE_EXCEEDED, "the call brought no message"))
             finally:
-                self._open_calls -= 1
+                self._open_calls[method] -= 1
 
-        return handler._replace(**{kind: counted})
+        # Declared as taking a stream, it runs before the client's message is read.
+        return grpc.stream_stream_rpc_method_handler(
+            counted, handler.request_deserializer, handler.response_serializer
+        )
 
     def _note(self, refusal: Refusal, method: str) -> None:
         self.refused[refusal.reason] += 1
-        self._complaints.add(f"{method}: {refusal}", self._clock())
+        self._complaints.add(f"{method[:128]!a}: {refusal}", self._clock())
 
 
 def bearer_token(metadata: Any) -> str | None:

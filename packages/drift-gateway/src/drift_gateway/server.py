@@ -45,6 +45,9 @@ SERVER_OPTIONS: Final = (
     ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.absolute_max_metadata_size", 32 * 1024),
     ("grpc.max_concurrent_streams", 4096),
+    # Peers that connect and say nothing hold a descriptor for so long, and those that call nothing for so long.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 30 * 60 * 1000),
     # Keepalive alone took 65 s to notice a dead peer, with the ping timeout 7 s.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
