@@ -54,6 +54,8 @@ class IncrementalDetokenizer:
         decoder = _ByteDecoder if tokenizer.byte_level else _WindowDecoder
         self._decoder: _ByteDecoder | _WindowDecoder = decoder(tokenizer, skip_special_tokens)
         self._stops = _StopSearch(stop, include_stop) if stop else None
+        if not stop:  # one call less for each message of a stream
+            self.push = self._decoder.push  # type: ignore[method-assign]
 
     @property
     def stopped(self) -> str | None:

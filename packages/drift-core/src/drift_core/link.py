@@ -400,7 +400,8 @@ class EngineClient:
                     progress.add_logprob(logprob)
         first = item.first
         for submission in members.submissions:
-            submission.notify(first)
+            if not submission.queued or first:
+                submission.notify(first)
 
 
 class _Members:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from array import array
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from typing import Any, Final, Protocol
@@ -41,38 +40,36 @@ GIVEN_UP_S: Final = 30.0
 
 
 class Progress:
-    """What one request has to tell: all its tokens in order, each with its time, and how many were taken.
+    """What one request has to tell: tokens in order that were not taken yet, and the times of all it ever had.
 
-    `accepted` and `finished` are set once and stay. `logprobs` are those of the tokens not taken yet.
+    `accepted` and `finished` are set once and stay. `logprobs` are those of the tokens not taken yet. Both lists stay
+    the same objects: whoever delivers keeps their `append`.
     """
 
-    __slots__ = ("accepted", "finished", "id", "logprobs", "taken", "times", "token_ids")
+    __slots__ = ("accepted", "finished", "id", "logprobs", "times", "token_ids")
 
     def __init__(self, request_id: str) -> None:
         self.id = request_id
         self.accepted: AcceptedItem | None = None
-        self.token_ids: array[int] = array("i")
-        self.times: array[float] = array("d")
-        self.taken = 0
+        self.token_ids: list[int] = []
+        self.times: list[float] = []
         self.logprobs: list[TokenLogprob | None] | None = None
         self.finished: FinishedItem | None = None
 
-    @property
-    def pending(self) -> int:
-        """Tokens that came since the last `take`."""
-        return len(self.token_ids) - self.taken
-
-    def take(self) -> tuple[list[int], array[float], list[TokenLogprob | None] | None]:
+    def take(self) -> tuple[list[int], list[float], list[TokenLogprob | None] | None]:
         """Token ids, times and log probabilities that came since the last call."""
-        first, self.taken = self.taken, len(self.token_ids)
+        token_ids = self.token_ids.copy()
+        if not token_ids:
+            return token_ids, [], None
+        self.token_ids.clear()
         logprobs, self.logprobs = self.logprobs, None
-        return self.token_ids[first:].tolist(), self.times[first:], logprobs
+        return token_ids, self.times[-len(token_ids) :], logprobs
 
     def add_logprob(self, logprob: TokenLogprob) -> None:
         """Put it beside the token id appended last; earlier ones that came without have `None`."""
         if self.logprobs is None:
             self.logprobs = []
-        self.logprobs.extend([None] * (self.pending - 1 - len(self.logprobs)))
+        self.logprobs.extend([None] * (len(self.token_ids) - 1 - len(self.logprobs)))
         self.logprobs.append(logprob)
 
 
@@ -99,7 +96,8 @@ class Submission:
         self._error: DriftError | None = None
         self._news = False
         self._urgent = False
-        self._queued = False
+        self.queued = False
+        """Whether it waits for its reader's turn, with the news it has and all that is to come."""
         self._left = False
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[Any] | None = None
@@ -133,7 +131,7 @@ class Submission:
         self._urgent = self._urgent or urgent
         if self._waiter is None:
             self._look_at_lag()
-        elif not self._queued:
+        elif not self.queued:
             self._queue()
 
     def fail(self, error: DriftError) -> None:
@@ -143,7 +141,7 @@ class Submission:
 
     def let_go(self) -> None:
         """It is the reader's turn."""
-        self._queued = False
+        self.queued = False
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             self._busy_since = time.monotonic()
@@ -154,15 +152,15 @@ class Submission:
             self._forget(request.id, cancel=request.finished is None)
 
     def _queue(self) -> None:
-        self._queued = True
+        self.queued = True
         self._turns.add(0.0 if self._urgent else self._due(), self)
 
     def _due(self) -> float:
         """When the oldest token not taken becomes late; with none there is news of another kind."""
         due = 0.0
         for request in self.requests:
-            if (behind := request.pending) > 0:
-                oldest = request.times[request.taken] + self._patience
+            if (behind := len(request.token_ids)) > 0:
+                oldest = request.times[-behind] + self._patience
                 if behind > DEMOTED_LAG_TOKENS:
                     oldest += DEMOTION_S
                 due = oldest if due == 0.0 else min(due, oldest)
@@ -170,7 +168,7 @@ class Submission:
 
     def _look_at_lag(self) -> None:
         """The reader is busy, with sending if it is alive: past a bound, end what it reads."""
-        behind = max(request.pending for request in self.requests)
+        behind = max(len(request.token_ids) for request in self.requests)
         if self._left or not behind:
             return
         stuck = self._busy_since and time.monotonic() - self._busy_since > MAX_STUCK_S

@@ -7,8 +7,7 @@ or streams: it is asked for the messages that are due.
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import ceil, isfinite
 from typing import Protocol
@@ -73,31 +72,46 @@ class Output:
         self._predicted_ttft = predicted_ttft
         self._split = split
         self._sequence = 0
-        self._times: array[float] = array("d")
+        self._kept = 0  # leading tokens of the engine's that belong to the output
+        self._plain = not self._stops
+        self._push = None if detokenizer is None else detokenizer.push
         self._stop_string: str | None = None
 
-    def advance(self, gateway_seconds: float) -> Iterator[pb.GenerateResponse]:
+    def advance(self, gateway_seconds: float) -> Sequence[pb.GenerateResponse]:
         """Messages for what came since the last call. `gateway_seconds`: what admission took."""
         if self.ended:
-            return
+            return ()
+        progress = self.progress
+        finished = progress.finished
+        if finished is None and self._plain and progress.logprobs is None:  # nearly every message of a stream
+            token_ids, times, _ = progress.take()
+            if not token_ids:
+                return ()
+            self._kept += len(token_ids)
+            return (self._delta("" if self._push is None else self._push(token_ids), token_ids, times, None),)
+        return self._advance(finished, gateway_seconds)
+
+    def _advance(self, finished: FinishedItem | None, gateway_seconds: float) -> list[pb.GenerateResponse]:
+        """Whatever comes: stop strings, log probabilities, the end."""
         noticed = time.monotonic()
+        messages = []
         token_ids, times, logprobs = self.progress.take()
-        finished = self.progress.finished
         text = ""
         if self._stop_string is not None:
             token_ids = []  # the engine was not told in time
         elif token_ids:
             kept, text = self._text_of(token_ids, finished)
-            token_ids, times = token_ids[:kept], times[:kept]
+            token_ids = token_ids[:kept]
         if self._detokenizer is not None and finished is not None and self._stop_string is None:
             text += self._detokenizer.finish()
             self._stop_string = self._detokenizer.stopped
         if token_ids or text:
-            self._times.extend(times)
-            yield self._delta(text, token_ids, times, logprobs)
+            self._kept += len(token_ids)
+            messages.append(self._delta(text, token_ids, times, logprobs))
         if finished is not None:
             self.ended = True
-            yield self._finished(finished, gateway_seconds + time.monotonic() - noticed)
+            messages.append(self._finished(finished, gateway_seconds + time.monotonic() - noticed))
+        return messages
 
     def _text_of(self, token_ids: list[int], finished: FinishedItem | None) -> tuple[int, str]:
         """How many of the tokens belong to the output, and the text they release."""
@@ -121,21 +135,24 @@ class Output:
         self,
         text: str,
         token_ids: Sequence[int],
-        times: array[float],
+        times: Sequence[float],
         logprobs: Sequence[TokenLogprob | None] | None,
     ) -> pb.GenerateResponse:
-        arrival = self._arrival
-        delta = pb.TokenDelta(
-            output_index=self.index,
-            sequence=self._sequence,
-            text=text,
-            token_ids=token_ids,
-            offsets_us=[max(0, int((at - arrival) * 1e6)) for at in times[: len(token_ids)]],
-        )
+        """Filled in place: a message made apart and then copied into the response costs half as much again."""
+        response = pb.GenerateResponse()
+        delta, arrival = response.token_delta, self._arrival
+        if self.index:
+            delta.output_index = self.index
+        delta.sequence = self._sequence
+        delta.text = text
+        delta.token_ids.extend(token_ids)
+        if len(times) > len(token_ids):
+            times = times[: len(token_ids)]
+        delta.offsets_us.extend([int((at - arrival) * 1e6) if at > arrival else 0 for at in times])
         if logprobs is not None:
             delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
         self._sequence += 1
-        return pb.GenerateResponse(token_delta=delta)
+        return response
 
     def _finished(self, item: FinishedItem, gateway_seconds: float) -> pb.GenerateResponse:
         reason = pb.FINISH_REASON_STOP if self._stop_string is not None else REASONS[item.reason]
@@ -146,9 +163,9 @@ class Output:
             usage=pb.Usage(
                 prompt_tokens=item.prompt_tokens,
                 cached_tokens=item.cached_tokens,
-                output_tokens=len(self._times),
+                output_tokens=self._kept,
             ),
-            timing=timing(item, self._arrival, self._times, self._slo, gateway_seconds),
+            timing=timing(item, self._arrival, self.progress.times[: self._kept], self._slo, gateway_seconds),
         )
         self._add_hindsight(finished.timing)
         if self._stop_string is not None:
@@ -159,7 +176,7 @@ class Output:
         if self._predicted_ttft is not None:
             proof.predicted_ttft_ms = self._predicted_ttft * 1e3
         split = self._split(self.progress.id)
-        if split is not None and len(self._times) > 1:
+        if split is not None and self._kept > 1:
             proof.prefill_units, proof.decode_units = split
 
 
