@@ -44,6 +44,7 @@ below -10 has a weight under 1/20000 of the likeliest one's; few filters need mo
 
 _CUT_ROUNDING: Final = 1e-3
 _HUGE: Final = 1e30
+_MINUS_INFINITY: Final = np.uint32(0xFF800000)
 
 _RUN: Final = 128  # weights summed at once when drawing from a whole vocabulary
 _CACHED: Final = 1 << 17  # logits worked on at once, so that they stay in a core's cache
@@ -131,10 +132,10 @@ class SamplerState:
             going_on = allowed.copy()
             going_on[self._barred] = False
             allowed = going_on if going_on.any() else allowed
-        lowest = row.min(where=allowed, initial=np.inf)
-        if not math.isfinite(lowest):  # a bias or a broken model; the form holds all the same
-            row[allowed] = np.nan_to_num(row[allowed], nan=0.0, posinf=_HUGE, neginf=-_HUGE)
-        row[~allowed] = -np.inf
+        _keep(row, allowed)
+        if not math.isfinite(row.max()):  # a broken model; the form holds all the same
+            np.nan_to_num(row, copy=False, nan=0.0, posinf=_HUGE, neginf=-_HUGE)
+            _keep(row, allowed)
 
     def _record_in_form(self, matcher: Matcher, token: int, ends: bool) -> bool:
         """Note a token of the form; where the form ends the output ends, however few tokens it took."""
@@ -163,6 +164,19 @@ class SamplerState:
         values -= np.float32(params.frequency_penalty) * counts
         values -= np.float32(params.presence_penalty) * (counts > 0)
         row[ids] = values
+
+
+def _keep(row: Row, allowed: npt.NDArray[np.bool_]) -> None:
+    """Make the logits of all but `allowed` tokens minus infinity.
+
+    By their bits: where half of 128 thousand tokens are allowed, `row[~allowed] = -inf` takes six times as long.
+    """
+    bits = row.view(np.uint32)
+    kept = np.negative(allowed.view(np.uint8).astype(np.uint32))  # all ones, or none
+    bits &= kept
+    np.invert(kept, out=kept)
+    kept &= _MINUS_INFINITY
+    bits |= kept
 
 
 @dataclass(frozen=True, slots=True)
