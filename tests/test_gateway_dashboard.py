@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from gateway_under_test import PATIENCE_S, UnderTest, gateway_running
 
 from drift_core.frames import LoadItem, StepFrame
 from drift_gateway import dashboard
+from drift_gateway.client import SLO
 from drift_gateway.dashboard import add_dashboard
 from drift_gateway.http_port import HttpPort
 from drift_gateway.server import Address
@@ -29,14 +30,14 @@ COLOURS = "(() => { const s = getComputedStyle(document.documentElement); return
     "['prefill', 'decode', 'mixed', 'idle'].map(n => [n, s.getPropertyValue('--' + n).trim()])) })()"  # fmt: skip
 WIDTHS = "Object.fromEntries(['prefill', 'mixed', 'idle', 'decode'].map(n => " \
     "[n, document.getElementById('split-' + n).getBoundingClientRect().width]))"  # fmt: skip
-# Colours of one column of the timeline, `part` of the way from left to right, at 5 %, 15 %, … 95 % of its height.
-COLUMN = """(() => {
+# Colours of columns of the timeline, `PARTS` of the way from left to right, at 5 %, 15 %, … 95 % of its height.
+COLUMNS = """(() => {
   const c = document.getElementById('timeline'), pen = c.getContext('2d');
-  const x = Math.min(c.width - 1, Math.floor(c.width * PART));
-  return [...Array(10).keys()].map(i => {
-    const [r, g, b] = pen.getImageData(x, Math.floor(c.height * (i + 0.5) / 10), 1, 1).data;
+  return PARTS.map(part => [...Array(10).keys()].map(i => {
+    const x = Math.min(c.width - 1, Math.floor(c.width * part)), y = Math.floor((c.height * (i + 0.5)) / 10);
+    const [r, g, b] = pen.getImageData(x, y, 1, 1).data;
     return '#' + [r, g, b].map(v => v.toString(16).padStart(2, '0')).join('');
-  });
+  }));
 })()"""
 
 
@@ -167,15 +168,17 @@ async def looking_at(url: str, **view: Any) -> AsyncIterator[Page]:
         yield page
 
 
-async def column(page: Page, part: float) -> list[str]:
-    """What the timeline shows there, by name."""
+async def columns(page: Page, parts: Sequence[float]) -> list[list[str]]:
+    """What the timeline shows at one moment, by name."""
     names = {code: name for name, code in (await page.evaluate(COLOURS)).items()}
-    return [names.get(code, code) for code in await page.evaluate(COLUMN.replace("PART", str(part)))]
+    found = await page.evaluate(COLUMNS.replace("PARTS", json.dumps(list(parts))))
+    return [[names.get(code, code) for code in column] for column in found]
 
 
-async def until_drawn(page: Page, part: float, wanted: list[str]) -> None:
+async def until_drawn(page: Page, wanted: list[str]) -> None:
+    """Wait, boundedly, until the timeline's right edge looks like this."""
     for _ in range(600):
-        if (found := await column(page, part)) == wanted:
+        if (found := await columns(page, [0.999])) == [wanted]:
             return
         await asyncio.sleep(0.05)
     raise AssertionError(f"the timeline shows {found}, not {wanted}")
@@ -190,15 +193,15 @@ def test_the_timeline_and_the_split_are_drawn_while_requests_run() -> None:
         async with looking_at(url) as page:
             use(under, (1, 1), "spatial", 1, 1)
             half = ["prefill"] * 5 + ["decode"] * 5
-            await until_drawn(page, 0.999, half)
+            await until_drawn(page, half)
             use(under, (2, 0), "exclusive", 1, 0)
-            await until_drawn(page, 0.999, ["prefill"] * 10)
+            await until_drawn(page, ["prefill"] * 10)
             use(under, (0, 2), "fused", 1, 1)
-            await until_drawn(page, 0.999, ["mixed"] * 10)
+            await until_drawn(page, ["mixed"] * 10)
             use(under, (1, 1), "spatial", 0, 2, free=250)
-            await until_drawn(page, 0.999, ["idle"] * 5 + ["decode"] * 5)
+            await until_drawn(page, ["idle"] * 5 + ["decode"] * 5)
             # What was drawn scrolls to the left and stays what it was.
-            places = [await column(page, 1 - 0.002 * step) for step in range(250)]
+            places = await columns(page, [1 - 0.001 * step for step in range(1, 1000)])
             assert places.index(["mixed"] * 10) < places.index(["prefill"] * 10) < places.index(half)
             await page.until(
                 "document.getElementById('split-words').textContent.startsWith('prefill 0.0 + decode 1.0')"
@@ -238,45 +241,35 @@ async def split_is_the_apis(page: Page, under: UnderTest) -> None:
     )
 
 
-@needs_browser
-def test_targets_are_shown_by_class() -> None:
-    async def body(under: UnderTest, url: str) -> None:
-        from drift_gateway.client import SLO
+SMALL = {"width": 360, "height": 740, "scale": 2.0}
+ROWS = "Object.fromEntries([...document.querySelectorAll('#classes tr')].map(r => " \
+    "[r.cells[0].textContent, [...r.cells].map(c => [c.textContent, c.className])]))"  # fmt: skip
+OVERFLOWING = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)" \
+    ".map(e => e.id || e.tagName)"  # fmt: skip
+BRIGHTNESS = "(() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]" \
+    ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)) })()"  # fmt: skip
 
-        slow, fast = SLO(60.0, 1e-6, name="slow"), SLO(60.0, 60.0, name="fast")
-        for slo in (slow, fast):
+
+@needs_browser
+def test_targets_are_shown_by_class_and_all_is_readable_on_a_phone_light_and_dark() -> None:
+    async def body(under: UnderTest, url: str) -> None:
+        for slo in (SLO(60.0, 1e-6, name="slow"), SLO(60.0, 60.0, name="fast")):
             await under.client.generate(token_ids=[1], max_tokens=20, slo=slo).complete()
         async with looking_at(url) as page:
             await page.until("document.querySelectorAll('#classes tr').length === 2")
-            cells = await page.evaluate(
-                "Object.fromEntries([...document.querySelectorAll('#classes tr')].map(r => "
-                "[r.cells[0].textContent, [...r.cells].map(c => [c.textContent, c.className])]))"
-            )
+            cells = await page.evaluate(ROWS)
             assert cells["fast"][9] == ["100.0 %", "good"]
             assert cells["slow"][9] == ["0.0 %", "bad"]
             assert cells["slow"][5] == ["100.0 %", "good"]
+            ground, ink = await page.evaluate(BRIGHTNESS)
+            assert ground > 600 > 150 > ink
+            for dark in (False, True):
+                await page.look(**SMALL, dark=dark)
+                await page.until("innerWidth === 360")
+                assert await page.evaluate(OVERFLOWING) == []
+            ground, ink = await page.evaluate(BRIGHTNESS)
+            assert ground < 150 < 600 < ink
             assert page.errors == []
-
-    run_with_pages(body)
-
-
-@needs_browser
-@pytest.mark.parametrize("dark", [False, True])
-def test_it_is_readable_on_a_phone_light_and_dark(dark: bool) -> None:
-    async def body(under: UnderTest, url: str) -> None:
-        await under.client.generate(token_ids=[1], max_tokens=20).complete()
-        async with looking_at(url, width=360, height=740, dark=dark, scale=2.0) as page:
-            await page.until("document.querySelectorAll('#classes tr').length === 1")
-            overflowing = await page.evaluate(
-                "document.documentElement.scrollWidth > innerWidth || [...document.querySelectorAll('body *')]"
-                ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.id || e.tagName)"
-            )
-            assert not overflowing
-            ground, ink = await page.evaluate(
-                "(() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
-                ".map(c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0)) })()"
-            )
-            assert (ground < 150 and ink > 600) if dark else (ground > 600 and ink < 150)
 
     run_with_pages(body)
 
@@ -297,7 +290,7 @@ def test_it_recovers_when_the_server_comes_back() -> None:
             async with gateway_running() as under, pages_on(under, port):
                 await page.until("document.getElementById('lost').hidden")
                 use(under, (2, 0), "exclusive", 1, 0)
-                await until_drawn(page, 0.999, ["prefill"] * 10)
+                await until_drawn(page, ["prefill"] * 10)
                 assert page.errors == []
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
