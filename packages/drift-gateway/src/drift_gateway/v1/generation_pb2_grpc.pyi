@@ -19,7 +19,7 @@ the whole table.
   ALREADY_EXISTS       REQUEST_ID_IN_USE: `request_id` is in flight
   FAILED_PRECONDITION  NEVER_FITS: the prompt can never fit the context or the KV pool; NO_TOKENIZER,
                        NO_CHAT_TEMPLATE: the model lacks what the input needs; QUARANTINED: the request was in the
-                       engine at two crashes
+                       engine at two crashes; TRACE_STATE: a decision log is being written, or none is (AdminService)
   RESOURCE_EXHAUSTED   QUEUE_FULL: the queue of its class is full; RATE_LIMITED: the tenant's rate is used up;
                        SLO_INFEASIBLE: its targets cannot be met now and it asked to be rejected then; KV_CAPACITY:
                        the KV pool is promised to others; SLOW_READER: the client reads too slowly
