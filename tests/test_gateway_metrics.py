@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import aiohttp
+import numpy as np
 import pytest
 from gateway_under_test import UnderTest, run_with_gateway
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem
+from drift_core.sampling_params import SamplingParams
 from drift_gateway import client as api
+from drift_gateway import service_stats
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
 from drift_gateway.metrics import METRICS
 from drift_gateway.server import Address
+from drift_gateway.service_stats import MAX_CLASSES, EndedOutput, ServiceStats
+from drift_scheduler.domain import SLO
 from drift_scheduler.errors import DriftError
 
 Get = Callable[[str], Awaitable[tuple[int, str]]]
@@ -128,5 +136,127 @@ def test_a_page_of_another_site_cannot_read_the_port_by_a_name_of_its_own() -> N
         with pytest.raises(DriftError, match="cannot serve HTTP"):
             await HttpPort().open(Address("127.0.0.1", port.port))
         await port.close()
+
+    run_with_gateway(body)
+
+
+# ------------------------------------------------------------------------------- statistics by class
+
+
+USUAL = SLO(1.0, 0.1)
+
+
+def output(
+    stats: ServiceStats,
+    number: int,
+    times: Sequence[float],
+    *,
+    slo: SLO = USUAL,
+    reason: str = "length",
+    arrival: float = 0.0,
+) -> EndedOutput:
+    """One output submitted, told of and ended, at the time of its last token."""
+    frame = Submit(
+        f"r#{number}", [1, 2, 3], SamplingParams(), slo.ttft, slo.tbt, slo.e2e, slo.name, 0, "", arrival
+    )
+    known: list[float] = []
+    stats.submitted(frame, known)
+    for place, at in enumerate(times):
+        known.append(at)
+        stats.step(StepFrame(at, tokens=[TokensItem([frame.id], [5], first=not place)]))
+    end = times[-1] if times else arrival
+    item = FinishedItem(frame.id, reason, arrival=arrival, scheduled=arrival, finished=end, prompt_tokens=3)
+    stats.step(StepFrame(end, finished=[item]))
+    ended = stats.forget(frame.id)
+    assert ended is not None
+    return ended
+
+
+def test_a_class_counts_what_ended_in_the_last_minute() -> None:
+    stats = ServiceStats()
+    for number in range(10):
+        start = float(number)
+        output(
+            stats,
+            number,
+            [start + 0.5, start + 0.55, start + 0.6],
+            slo=SLO(0.6, 0.06, None, "a"),
+            arrival=start,
+        )
+    output(stats, 10, [20.9, 21.2], slo=SLO(0.6, 0.06, None, "a"), arrival=20.0)
+    (report,) = stats.classes(22.0)
+    assert (report.name, report.finished, report.ttft_target, report.tbt_target) == ("a", 11, 0.6, 0.06)
+    assert report.ttft_attainment == report.tbt_attainment == 10 / 11
+    assert report.ttft_p50 == pytest.approx(0.5, rel=0.04)
+    assert report.ttft_p99 == pytest.approx(0.9, rel=0.04)
+    assert report.tbt_p50 == pytest.approx(0.05, rel=0.04)
+    assert report.tbt_p99 == pytest.approx(0.3, rel=0.04)
+    assert report.goodput == pytest.approx(10 / 22)
+    (later,) = stats.classes(79.0)
+    assert (later.finished, later.ttft_attainment) == (1, 0.0), "the first ten are more than a minute ago"
+    assert stats.classes(200.0) == []
+
+
+def test_what_had_no_target_or_was_not_served_does_not_count() -> None:
+    stats = ServiceStats()
+    output(stats, 0, [0.1], slo=SLO(float("inf"), float("inf"), None, "free"))
+    output(stats, 1, [0.1, 0.2], reason="cancelled")
+    failed = output(stats, 2, [], reason="failed", slo=SLO(1.0, 0.1, 5.0, "hurt"))
+    rejected = output(stats, 3, [], reason="rejected")
+    assert (failed.met, rejected.met) == ({"ttft": False, "e2e": False}, {})
+    free, hurt = stats.classes(1.0)
+    assert (free.name, free.finished, free.ttft_attainment, free.tbt_attainment) == ("free", 1, None, None)
+    assert (free.ttft_target, free.tbt_p50, free.goodput) == (None, None, 1.0)
+    assert (hurt.name, hurt.finished, hurt.ttft_attainment, hurt.goodput) == ("hurt", 1, 0.0, 0.0)
+    assert stats.by_target == {("hurt", "ttft"): [0, 1], ("hurt", "e2e"): [0, 1]}
+    assert stats.ended_by_reason["cancelled"] == 1
+    assert stats.waiting_prefill_tokens == 0
+
+
+def test_names_of_classes_from_clients_take_bounded_memory() -> None:
+    stats = ServiceStats()
+    for number in range(500):
+        output(stats, number, [0.5], slo=SLO(1.0, 0.1, None, f"class-{number}"))
+    assert len({name for name, _ in stats.by_target}) <= MAX_CLASSES
+    assert len(stats.classes(1.0)) <= MAX_CLASSES
+    assert sum(report.finished for report in stats.classes(1.0)) == 500
+    output(stats, 1000, [300.0], slo=SLO(1.0, 0.1, None, "new"), arrival=299.5)
+    assert [report.name for report in stats.classes(300.0)] == ["new"], "old ones made room"
+
+
+@given(st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=200))
+def test_quantiles_are_within_four_percent_of_the_true_ones(seconds: list[float]) -> None:
+    stats = ServiceStats()
+    for number, value in enumerate(seconds):
+        output(stats, number, [value], arrival=0.0, slo=SLO(1.0, 0.1))
+        stats._windows["default"].latest = 0
+    times = np.sort(np.array(seconds))
+    slots = [slot for slot in stats._windows["default"]._slots if slot.finished]
+    counts = np.sum([slot.ttft for slot in slots], axis=0)
+    kept = sum(slot.finished for slot in slots)
+    assume(kept == len(seconds))  # all within one minute
+    for fraction in (0.5, 0.99):
+        found = service_stats._quantile(counts, fraction)
+        assert found == pytest.approx(service_stats.nearest_rank(times, fraction), rel=0.04)
+
+
+def test_clients_see_the_classes() -> None:
+    async def body(under: UnderTest) -> None:
+        await under.client.generate(
+            token_ids=[1], max_tokens=5, slo=api.SLO(ttft=60.0, name="chat")
+        ).complete()
+        async for message in under.client.watch_stats(0.02):
+            if message.classes:
+                break
+        (found,) = message.classes
+        assert (getattr(found, "class"), found.finished, found.ttft_attainment) == ("chat", 1, 1.0)
+        assert found.ttft_target_ms == 60_000.0
+        assert found.HasField("tbt_p99_ms")
+        assert (message.load.prompt_tokens, message.load.cached_tokens, message.load.total_pages) == (
+            1,
+            1,
+            1000,
+        )
+        assert message.load.waiting_prefill_tokens == 0
 
     run_with_gateway(body)

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
+from fake_engine import FakeEngine
 from gateway_under_test import UnderTest, run_with_gateway
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -28,6 +29,7 @@ from drift_gateway.heartbeat import hang_of
 from drift_gateway.request_record import RequestRecord
 from drift_gateway.server import GENERATION, INFO
 from drift_gateway.spans import Spans
+from drift_gateway.supervisor import Supervisor
 from drift_scheduler.errors import DriftError
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -104,6 +106,46 @@ def test_a_hung_engine_is_started_again_like_one_that_crashed() -> None:
         assert under.supervisor.restarts == 1
 
     run_with_gateway(body, paused=True, hang_timeout=0.5)
+
+
+class Stubborn:
+    """An engine process that ends when it is killed, and not before."""
+
+    def __init__(self) -> None:
+        self.dead = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    async def wait(self) -> str:
+        await self.dead.wait()
+        return "signal 9"
+
+    def terminate(self) -> None:
+        self.asked.set()
+
+    def kill(self) -> None:
+        self.dead.set()
+
+
+def test_stopping_while_a_hung_engine_is_being_ended_leaves_no_process() -> None:
+    async def body() -> None:
+        processes: list[Stubborn] = []
+
+        async def spawn(path: Path) -> Stubborn:
+            await asyncio.to_thread(FakeEngine, path, hung=True)
+            processes.append(Stubborn())
+            return processes[-1]
+
+        supervisor = Supervisor(spawn, hang_timeout=0.2)
+        await asyncio.wait_for(supervisor.start(), PATIENCE_S)
+        keeping = asyncio.ensure_future(supervisor.keep_running())
+        await asyncio.wait_for(processes[0].asked.wait(), PATIENCE_S)
+        keeping.cancel()
+        await asyncio.wait((keeping,))
+        assert not processes[0].dead.is_set()
+        await asyncio.wait_for(supervisor.stop(), PATIENCE_S)
+        assert processes[0].dead.is_set()
+
+    asyncio.run(body())
 
 
 class Pinged:

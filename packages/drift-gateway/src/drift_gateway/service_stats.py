@@ -1,14 +1,13 @@
 """How outputs fared: totals since the start, and the last minute by SLO class, from submissions and step frames.
 
-One source for metrics, WatchStats, the access log and spans. Per token it appends one number to the output's times;
-the rest is done once, when an output ends. Memory: outputs in flight, and a bounded number of classes. Reads no
-clock; knows no sockets.
+One source for metrics, WatchStats, the access log and spans. It does nothing per token: an output's token times are
+looked at once, when it ends. Memory: outputs in flight, and a bounded number of classes. Reads no clock; knows no
+sockets.
 """
 
 from __future__ import annotations
 
 import math
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -152,10 +151,11 @@ class Histograms:
 
 @dataclass(slots=True)
 class _Tracked:
-    """An output in flight, or ended and not yet forgotten."""
+    """An output in flight, or ended and not yet forgotten. `times`: of its tokens so far; somebody else appends."""
 
     frame: Submit
-    times: array[float] = field(default_factory=lambda: array("d"))
+    times: Sequence[float]
+    waiting: bool = True
     ended: EndedOutput | None = None
 
 
@@ -176,25 +176,19 @@ class ServiceStats:
         self._windows: dict[str, _Window] = {}
         self._since: float | None = None
 
-    def submitted(self, frame: Submit) -> None:
-        """A request was sent to the engine."""
-        self._tracked[frame.id] = _Tracked(frame)
+    def submitted(self, frame: Submit, times: Sequence[float]) -> None:
+        """A request was sent to the engine. `times` gets the time of each of its tokens before `step` is told."""
+        self._tracked[frame.id] = _Tracked(frame, times)
         self.waiting_prefill_tokens += len(frame.prompt)
         if self._since is None:
             self._since = frame.arrival
 
     def step(self, frame: StepFrame) -> None:
         """Take in one frame."""
-        tracked = self._tracked
-        now = frame.time
         for item in frame.tokens:
-            for request_id in item.ids:
-                output = tracked.get(request_id)
-                if output is None:
-                    continue
-                if not output.times:
-                    self.waiting_prefill_tokens -= len(output.frame.prompt)
-                output.times.append(now)
+            if item.first:
+                for request_id in item.ids:
+                    self._no_longer_waits(self._tracked.get(request_id))
         for finished in frame.finished:
             self._finished(finished)
 
@@ -205,8 +199,7 @@ class ServiceStats:
             return None
         if output.ended is not None:
             return output.ended
-        if not output.times:
-            self.waiting_prefill_tokens -= len(output.frame.prompt)
+        self._no_longer_waits(output)
         return _ended(output, None)[0]
 
     def classes(self, now: float) -> list[ClassReport]:
@@ -224,11 +217,9 @@ class ServiceStats:
         output = self._tracked.get(item.id)
         if output is None:
             return
-        if not output.times:
-            self.waiting_prefill_tokens -= len(output.frame.prompt)
+        self._no_longer_waits(output)
         ended, gaps = _ended(output, item)
         output.ended = ended
-        output.times = array("d")
         self.histograms.add(ended, gaps)
         if ended.reason not in (*SERVED_WELL, FinishReason.FAILED.value):
             return  # cancelled or refused: no word on how well it would have been served
@@ -238,6 +229,11 @@ class ServiceStats:
             counts[1] += 1
         epoch = _epoch(item.finished)
         self._window(ended.slo_class, epoch).add(ended, gaps, epoch, output.frame)
+
+    def _no_longer_waits(self, output: _Tracked | None) -> None:
+        if output is not None and output.waiting:
+            output.waiting = False
+            self.waiting_prefill_tokens -= len(output.frame.prompt)
 
     def _class(self, name: str) -> str:
         """The name itself for the first classes that come, OTHER_CLASS for the rest."""
@@ -262,7 +258,7 @@ class ServiceStats:
 
 def _ended(output: _Tracked, item: FinishedItem | None) -> tuple[EndedOutput, Floats]:
     """What became of an output, and the gaps between its tokens in order of size."""
-    frame, times = output.frame, np.frombuffer(output.times, dtype=np.float64)
+    frame, times = output.frame, np.array(output.times)
     gaps = np.sort(np.diff(times))
     first, last = (float(times[0]), float(times[-1])) if len(times) else (None, None)
     failed = item is not None and item.reason == FinishReason.FAILED.value

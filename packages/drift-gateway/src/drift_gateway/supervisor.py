@@ -27,8 +27,8 @@ from drift_core.engine import EngineConfig
 from drift_core.frames import Ready, Starting, StepFrame, Submit
 from drift_core.link import EngineClient, EngineFailed, EngineGone, Submission
 from drift_core.tokenizer import Tokenizer
-from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT, hang_of
 from drift_gateway.forms import FORMS
+from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT, hang_of
 from drift_gateway.refusal import Reason, Refusal, refusal_of
 from drift_gateway.service_stats import EndedOutput, ServiceStats
 from drift_gateway.splits_used import SplitsUsed
@@ -275,10 +275,10 @@ class Supervisor:
             raise Refusal(Reason.REQUEST_ID_IN_USE, str(error)) from error
         tenant.begin(now, len(frames[0].prompt), len(frames))
         self._submissions[request_id_of(frames[0].id)] = submission
-        for frame in frames:
+        for frame, progress in zip(frames, submission.requests, strict=True):
             self._tenants[frame.id] = tenant
             self._fingerprints[frame.id] = fingerprint
-            self.stats.submitted(frame)
+            self.stats.submitted(frame, progress.times)
         return submission
 
     def ended(self, submission: Submission) -> list[EndedOutput]:
@@ -362,15 +362,16 @@ class Supervisor:
         await self._end_engine()
 
     async def _end_engine(self, patience: float = 0.0) -> None:
-        client, process = self._client, self._process
-        self._client = self._process = None
+        """Safe to be cancelled: what it did not get to, the next call does."""
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
-        if process is not None:
-            await _end_process(process, patience)
-        if client is not None:
-            await client.close()
+        if self._process is not None:
+            await _end_process(self._process, patience)
+            self._process = None
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
 
     async def _watch_for_hangs(self, client: EngineClient) -> None:
         """A hung engine counts as gone, so that it is started again like one that crashed."""
