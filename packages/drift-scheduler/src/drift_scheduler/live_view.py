@@ -149,17 +149,26 @@ class LiveView:
         return self._s.running
 
     def _describe(self, tracked: Tracked) -> Waiting:
-        s, request = self._s, tracked.request
+        """What was said of it last, where that still holds: queues are looked at far more often than they change."""
+        s = self._s
+        if tracked.described is not None and _still_holds(tracked, tracked.described, s.kv_epoch):
+            return tracked.described
+        request = tracked.request
         deadline = request.arrival + request.slo.ttft
         if tracked.admitted:
-            return Waiting(request, tracked.computed, tracked.known, 0, deadline, True)
-        if tracked.cached_at != s.kv_epoch:
-            tracked.cached_now = s.kv.lookup(request, tracked.known)
-            tracked.cached_at = s.kv_epoch
-        cached = tracked.cached_now
-        page = s.kv.page_tokens
-        pages = -(-(tracked.known + 1) // page) - cached // page
-        return Waiting(request, cached, tracked.known, pages, deadline, False)
+            found = Waiting(request, tracked.computed, tracked.known, 0, deadline, True)
+        else:
+            cached, page = s.kv.lookup(request, tracked.known), s.kv.page_tokens
+            pages = -(-(tracked.known + 1) // page) - cached // page
+            found = Waiting(request, cached, tracked.known, pages, deadline, False)
+        tracked.described, tracked.described_at = found, s.kv_epoch
+        return found
+
+
+def _still_holds(tracked: Tracked, said: Waiting, kv_epoch: int) -> bool:
+    if said.admitted is not tracked.admitted or said.total != tracked.known:
+        return False
+    return said.computed == tracked.computed if said.admitted else tracked.described_at == kv_epoch
 
 
 def _lane(flight: Flight | None) -> LaneView:

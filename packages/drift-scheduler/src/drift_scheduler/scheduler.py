@@ -41,6 +41,7 @@ from drift_scheduler.domain import (
     Sharing,
     Step,
     Tokens,
+    Waiting,
 )
 from drift_scheduler.errors import DriftError
 from drift_scheduler.legality import IllegalGangError, check_gang
@@ -85,10 +86,10 @@ class Tracked:
     __slots__ = (
         "batch",
         "cached",
-        "cached_at",
-        "cached_now",
         "capacity",
         "computed",
+        "described",
+        "described_at",
         "ending",
         "first_token_at",
         "key",
@@ -112,8 +113,8 @@ class Tracked:
         self.computed = 0
         self.capacity = 0
         self.cached = 0
-        self.cached_now = 0  # what the last look-up found, and at which epoch of the KV pool
-        self.cached_at = -1
+        self.described: Waiting | None = None  # what policies were told last, and at which epoch of the KV pool
+        self.described_at = -1
         self.recomputed = 0
         self.preemptions = 0
         self.scheduled_at: float | None = None

@@ -1,19 +1,27 @@
-"""Drift's own policy: the sharing with the most prefill progress per second that keeps every TBT target.
+"""Drift's own policy: the sharing that gets most work done per second and keeps every TBT target.
 
 Each decision prices the candidates with the cost model, worst case: a loose target favours one fused pass, which
 reads the weights once for both phases; a tight one favours a spatial split, where decode need not wait for anything;
 in between, temporal slicing wins where a split would cost more than it hides. No fixed choice is right for long, so
 none is made: the sharing in use is kept unless another is clearly better.
 
-The prefill queue is served by TTFT slack: arrival plus target less the time its uncached work takes. Requests that
-cannot make it any more go last, shortest first, so that one lost cause does not sink those behind it.
+Work is counted in solo seconds, what it would take alone on the whole device, of both phases: prefill progress alone
+would fill a loose target with prompt tokens that hardly gain from being fused, while requests pile up in decode until
+no more fit. Prefill counts somewhat more (`prefill_weight`), because a first token ends a wait and makes every later
+decode step carry one more.
+
+The prefill queue is served by earliest TTFT deadline, which serves every prompt in time if any order does. Requests
+that cannot make it any more by their uncached work go last, shortest first, so that one lost cause does not sink those
+behind it. Least slack first would do as well for one decision, but over many it serves equal prompts in turns, and all
+of them late.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 from drift_scheduler.dispatch.exclusive import Alternate, exclusive_decode
 from drift_scheduler.dispatch.gang import (
@@ -39,25 +47,35 @@ from drift_scheduler.errors import OptionError, positive
 from drift_scheduler.protocols import CostModel, PartitionPolicy
 from drift_scheduler.view import View
 
+W = float(os.environ.get("DW", "1"))
 TILE = 64  # fused chunks are whole multiples of this, below which a matmul wastes its tiles
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to share the device next: the gang, and prefill tokens per second while it lasts."""
+    """One way to share the device from now on. `speedup`: weighted solo seconds of work, of both phases, done in a
+    second. `meets`: whether step after step keeps the target. `first_token`: seconds until the next token of everyone.
+    """
 
     gang: Gang
-    progress: float
+    speedup: float
     meets: bool
+    first_token: float
 
 
 class DriftPolicy:
     """`max_batch_tokens`: uncomputed tokens after which a prefill batch is full. `scan`: queued requests weighed at a
     time. `hysteresis`: by how much another sharing must be better to displace the one in use. `margin`: share
-    of a TBT target that estimates may use."""
+    of a TBT target that estimates may use. `prefill_weight`: what a second of prefill work counts against one of decode
+    work."""
 
     def __init__(
-        self, max_batch_tokens: int = 4096, scan: int = 64, hysteresis: float = 0.05, margin: float = 0.97
+        self,
+        max_batch_tokens: int = 4096,
+        scan: int = 64,
+        hysteresis: float = 0.05,
+        margin: float = 0.97,
+        prefill_weight: float = 1.25,
     ) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
         self._scan = positive("scan", scan)
@@ -65,6 +83,11 @@ class DriftPolicy:
             raise OptionError(f"option 'hysteresis' is {hysteresis!r}, need a number from 0 to 10")
         if not 0 < margin <= 1:
             raise OptionError(f"option 'margin' is {margin!r}, need a number above 0 and at most 1")
+        if not 0 < prefill_weight <= 100:
+            raise OptionError(
+                f"option 'prefill_weight' is {prefill_weight!r}, need a number above 0 and at most 100"
+            )
+        self._weight = prefill_weight
         self._keep = 1.0 + hysteresis
         self._margin = margin
         self._last: Sharing | None = None
@@ -91,27 +114,31 @@ class DriftPolicy:
         self, view: View, costs: CostModel, partitions: PartitionPolicy, batch: PrefillBatch, step: DecodeStep
     ) -> Gang | None:
         slack = float(view.tbt_slack().min())
-        budget = min(slack, view.tbt_target) * self._margin
+        target = view.tbt_target * self._margin
         options: list[Option] = []
         if Sharing.SPATIAL in view.device.sharings and view.device.splits():
-            options.append(_spatial(view, costs, partitions, batch, step, budget))
+            options.append(_spatial(view, costs, partitions, batch, step, target, self._weight))
         if Sharing.FUSED in view.device.sharings and batch.next_layer == 0 and not view.prefills:
-            fused = _fused(view, costs, batch, step, budget)
+            budget = min(slack * self._margin, target)
+            fused = _fused(view, costs, batch, step, budget, self._weight)
             if fused is not None:
                 options.append(fused)
         if Sharing.TEMPORAL in view.device.sharings:
-            temporal = _temporal(view, costs, batch, step, view.tbt_target * self._margin, slack)
+            temporal = _temporal(view, costs, batch, step, target, self._weight)
             if temporal is not None:
                 options.append(temporal)
         if not options:
             return self._undivided.choose(view, costs, partitions)
         best = max(options, key=self._rank)
         self._last = best.gang.sharing
+        if best.meets and best.first_token > slack:
+            # It would keep the target from the second token on; a step of decode alone makes up for what was spent.
+            return exclusive_decode(view)
         return best.gang
 
     def _rank(self, option: Option) -> tuple[bool, float]:
         kept = option.gang.sharing is self._last
-        return option.meets, option.progress * (self._keep if kept else 1.0)
+        return option.meets, option.speedup * (self._keep if kept else 1.0)
 
     # ------------------------------------------------------------------------------------- the queue
 
@@ -121,16 +148,15 @@ class DriftPolicy:
             return urgent_prompt(view, costs, self._scan) or view.prefills[-1]
         if not view.num_waiting:
             return None
-        return self._by_slack(view, costs)
+        return self._by_deadline(view, costs)
 
-    def _by_slack(self, view: View, costs: CostModel) -> PrefillBatch | None:
+    def _by_deadline(self, view: View, costs: CostModel) -> PrefillBatch | None:
         units = view.device.total_units
         ranked: list[tuple[bool, float, int, float, Waiting]] = []
         for order, waiting in enumerate(view.waiting(self._scan)):
             took = costs.prefill(PrefillShape.of([(waiting.uncomputed, waiting.computed)]), units)
-            slack = waiting.deadline - view.now - took
-            late = slack < 0
-            ranked.append((late, took if late else slack, order, took, waiting))
+            late = waiting.deadline < view.now + took
+            ranked.append((late, took if late else waiting.deadline, order, took, waiting))
         ranked.sort(key=lambda item: item[:3])
         chunks: list[PrefillChunk] = []
         tokens, pages = 0, view.free_pages
@@ -149,7 +175,8 @@ def _spatial(
     partitions: PartitionPolicy,
     batch: PrefillBatch,
     step: DecodeStep,
-    budget: float,
+    target: float,
+    weight: float,
 ) -> Option:
     """Decode on its part, prefill layers beside it for as long as it runs."""
     split = partitions.split(view, batch.shape, step, costs)
@@ -157,12 +184,19 @@ def _spatial(
     layers = layers_within(view, costs, batch, step, split, t_decode)
     gang = Gang(Sharing.SPATIAL, split, prefill=next_block(batch, layers), decode=step)
     t_prefill = worst_prefill(costs, batch.shape, step, split)
-    progress = batch.shape.new_tokens / t_prefill if t_prefill > 0 else 0.0
-    return Option(gang, progress, t_decode <= budget)
+    units = view.device.total_units
+    speedup = weight * _per(costs.prefill(batch.shape, units), t_prefill)
+    speedup += _per(costs.decode(step.shape(), units), t_decode)
+    return Option(gang, speedup, t_decode <= target, t_decode)
 
 
 def _temporal(
-    view: View, costs: CostModel, batch: PrefillBatch, step: DecodeStep, target: float, slack: float
+    view: View,
+    costs: CostModel,
+    batch: PrefillBatch,
+    step: DecodeStep,
+    target: float,
+    weight: float,
 ) -> Option | None:
     """Decode, then the layers that leave time for the next decode step before the tightest token is late."""
     t_decode = costs.decode(step.shape(), view.device.total_units)
@@ -172,27 +206,49 @@ def _temporal(
     total = view.device.num_layers
     t_block = costs.prefill(batch.shape, view.device.total_units) * layers / total
     gang = Gang(Sharing.TEMPORAL, view.device.all_decode, prefill=next_block(batch, layers), decode=step)
-    progress = batch.shape.new_tokens * layers / total / (t_decode + t_block)
-    return Option(gang, progress, t_decode <= slack)
+    speedup = _per(t_decode + weight * t_block, t_decode + t_block + _launching(costs))
+    return Option(gang, speedup, True, t_decode)
 
 
 def _fused(
-    view: View, costs: CostModel, batch: PrefillBatch, step: DecodeStep, budget: float
+    view: View, costs: CostModel, batch: PrefillBatch, step: DecodeStep, budget: float, weight: float
 ) -> Option | None:
-    """One pass over decode and as many prompt tokens as the budget holds."""
+    """One pass over decode and the number of prompt tokens within the budget that pays most."""
     units, total = view.device.total_units, batch.shape.new_tokens
-    decode = step.shape()
+    decode, launch = step.shape(), _launching(costs)
 
     def seconds(tokens: int) -> float:
-        return costs.fused(_front(batch, tokens)[1], decode, units)
+        return costs.fused(_front(batch, tokens)[1], decode, units) + launch
 
-    tokens = _largest_within(seconds, total, budget)
-    if tokens is None:
+    most = _largest_within(seconds, total, budget)
+    if most is None:
         return None
-    chunks, shape = _front(batch, tokens)
+    per_token = costs.prefill(batch.shape, units) / total
+    t_decode = costs.decode(decode, units)
+    speedup, tokens = max((_per(weight * n * per_token + t_decode, seconds(n)), n) for n in _sizes(most))
+    chunks, _ = _front(batch, tokens)
     block = next_block(new_batch(chunks), view.device.num_layers)
     gang = Gang(Sharing.FUSED, view.device.all_decode, prefill=block, decode=step)
-    return Option(gang, tokens / costs.fused(shape, decode, units), True)
+    return Option(gang, speedup, True, seconds(tokens))
+
+
+def _sizes(most: int) -> list[int]:
+    """`most` tokens, and every power of two of tiles below."""
+    sizes, tokens = [most], TILE
+    while tokens < most:
+        sizes.append(tokens)
+        tokens *= 2
+    return sizes
+
+
+def _per(work: float, seconds: float) -> float:
+    """Work in a second; without limit for a cost model that says nothing takes any time."""
+    return work / seconds if seconds > 0 else inf
+
+
+def _launching(costs: CostModel) -> float:
+    """Seconds that launching a prefill block adds."""
+    return float(getattr(costs, "block_seconds", 0.0))
 
 
 def _front(batch: PrefillBatch, tokens: int) -> tuple[tuple[PrefillChunk, ...], PrefillShape]:

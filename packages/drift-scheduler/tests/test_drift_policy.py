@@ -1,0 +1,216 @@
+"""`drift` decides from a view that the tests write themselves, with costs that are easy to reckon with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from drift_scheduler.dispatch.drift import DriftPolicy
+from drift_scheduler.domain import (
+    SLO,
+    DecodeShape,
+    DecodeStep,
+    Device,
+    FloatArray,
+    Gang,
+    LaneView,
+    Observation,
+    Partition,
+    PrefillBatch,
+    PrefillShape,
+    Request,
+    Sharing,
+    Waiting,
+)
+from drift_scheduler.errors import OptionError
+from drift_scheduler.partition import TightestDecode
+
+EVERY = frozenset({Sharing.SPATIAL, Sharing.TEMPORAL, Sharing.FUSED, Sharing.EXCLUSIVE})
+
+
+@dataclass
+class Reckoned:
+    """Ten units. Prefill: 20 us a token on all; decode: 5 ms on all, 5 ms x 8 / units below 8. A mixed pass takes the
+    longer of its parts and half a millisecond."""
+
+    slow: float = 1.0
+    mixed: float = 0.0005
+
+    def prefill(self, work: PrefillShape, units: int) -> float:
+        return work.new_tokens * 20e-6 * 10 / units
+
+    def decode(self, work: DecodeShape, units: int) -> float:
+        return 0.005 * max(1.0, 8 / units)
+
+    def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
+        return max(self.prefill(prefill, units), self.decode(decode, units)) + self.mixed
+
+    def slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
+        return self.slow, self.slow
+
+    def observe(self, observation: Observation) -> None:
+        raise AssertionError("a policy observes nothing")
+
+
+@dataclass
+class Picture:
+    """A `View` with both lanes idle, one request decoding."""
+
+    queue: list[Waiting]
+    tbt_target: float = 0.1
+    slack: float = 0.1
+    now: float = 100.0
+    sharings: frozenset[Sharing] = EVERY
+    prefills: tuple[PrefillBatch, ...] = ()
+    free_pages: int = 1_000_000
+    max_running: int = 64
+    num_running: int = 1
+    num_decoding: int = 1
+    partition: Partition | None = None
+    last_partition: Partition | None = None
+    sharing: Sharing | None = None
+    prefill_lane: LaneView = field(default_factory=lambda: LaneView(None, 0.0, 0.0))
+    decode_lane: LaneView = field(default_factory=lambda: LaneView(None, 0.0, 0.0))
+
+    @property
+    def device(self) -> Device:
+        splits = [Partition(10 - d, d) for d in (2, 4, 6, 8)]
+        return Device(10, (Partition(10, 0), Partition(0, 10), *splits), 10, sharings=self.sharings)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.queue)
+
+    def waiting(self, limit: int) -> tuple[Waiting, ...]:
+        return tuple(self.queue[:limit])
+
+    def find_waiting(self, request_ids: object) -> tuple[Waiting, ...]:
+        raise AssertionError("not asked for here")
+
+    def decode_step(self) -> DecodeStep | None:
+        return DecodeStep(("old",), 1000) if self.num_decoding else None
+
+    def tbt_slack(self) -> FloatArray:
+        return np.array([self.slack])
+
+
+def prompt(name: str, tokens: int, ttft: float = 10.0, arrival: float = 100.0, computed: int = 0) -> Waiting:
+    request = Request(name, arrival, tokens, 10, SLO(ttft, 0.1))
+    return Waiting(request, computed, tokens, 1, arrival + ttft, computed > 0)
+
+
+def choose(view: Picture, costs: Reckoned | None = None, **options: float) -> Gang:
+    gang = DriftPolicy(**options).choose(view, costs or Reckoned(), TightestDecode())  # type: ignore[arg-type]
+    assert gang is not None
+    return gang
+
+
+def test_a_loose_target_gets_the_chunk_that_pays_and_not_the_largest_that_fits() -> None:
+    """Up to 250 tokens ride along for nothing, and each beyond takes as long as it would alone; 4096 would fit."""
+    gang = choose(Picture([prompt("new", 4096)]))
+    assert gang.sharing is Sharing.FUSED
+    assert gang.prefill is not None
+    assert gang.prefill.shape().new_tokens == 256
+    assert gang.decode is not None
+
+
+@pytest.mark.parametrize(("target", "tokens"), [(0.0062, 256), (0.0057, 192)])
+def test_a_mixed_pass_stays_within_the_target(target: float, tokens: int) -> None:
+    gang = choose(Picture([prompt("new", 4096)], tbt_target=target, slack=target))
+    assert gang.prefill is not None
+    costs = Reckoned()
+    assert gang.sharing is Sharing.FUSED
+    assert gang.prefill.shape().new_tokens <= tokens
+    assert costs.fused(gang.prefill.shape(), DecodeShape(1, 1000), 10) <= 0.97 * target
+
+
+def test_where_mixing_is_dear_the_device_is_split_by_the_target() -> None:
+    costs = Reckoned(mixed=1.0)
+    tight, loose = (choose(Picture([prompt("new", 4096)], t, t), costs) for t in (0.008, 0.1))
+    assert (tight.sharing, tight.partition) == (Sharing.SPATIAL, Partition(4, 6))
+    assert (loose.sharing, loose.partition) == (Sharing.SPATIAL, Partition(8, 2))
+
+
+def test_no_split_meets_the_target_so_the_phases_take_turns() -> None:
+    costs = Reckoned(slow=2.0, mixed=1.0)
+    gang = choose(Picture([prompt("new", 1000)], 0.009, 0.009), costs)
+    assert gang.sharing is Sharing.TEMPORAL
+    assert gang.prefill is not None
+    per_layer = costs.prefill(gang.prefill.shape(), 10) / 10
+    assert 0 < gang.prefill.layers * per_layer + 0.005 <= 0.009
+
+
+def test_time_already_spent_is_made_up_by_a_step_of_decode_alone() -> None:
+    """A split would keep 20 ms from the second token on; the first is due in 10 and would come after 20."""
+    view = Picture([prompt("new", 4096)], tbt_target=0.021, slack=0.010)
+    costs = Reckoned(mixed=1.0)
+    first = choose(view, costs)
+    assert (first.sharing, first.prefill) == (Sharing.EXCLUSIVE, None)
+    view.slack = 0.021
+    assert choose(view, costs).sharing is Sharing.SPATIAL
+
+
+def test_prompts_go_by_deadline_and_those_that_cannot_make_it_last_shortest_first() -> None:
+    """Alone, `long` takes 20 ms and `lost` 10 ms; both are due in 5, `short` and `later` can make it."""
+    queue = [
+        prompt("long", 1000, ttft=0.005),
+        prompt("lost", 500, ttft=0.005),
+        prompt("later", 100, ttft=9.0),
+        prompt("short", 100, ttft=0.5),
+    ]
+    gang = choose(Picture(queue, num_decoding=0))
+    assert gang.sharing is Sharing.EXCLUSIVE
+    assert gang.prefill is not None
+    assert [chunk.request_id for chunk in gang.prefill.chunks] == ["short", "later", "lost", "long"]
+
+
+def test_a_prompt_under_way_is_not_overtaken_by_equals() -> None:
+    """The one begun has little left and so the most slack; in turns, both would come late."""
+    queue = [prompt("begun", 4000, arrival=99.0, computed=3900), prompt("next", 4000, arrival=99.5)]
+    gang = choose(Picture(queue, num_decoding=0))
+    assert gang.prefill is not None
+    assert gang.prefill.chunks[0].request_id == "begun"
+
+
+def test_a_little_better_does_not_displace_the_sharing_in_use() -> None:
+    policy = DriftPolicy(hysteresis=9.0)
+    view = Picture([prompt("new", 4096)])
+    costs = Reckoned(mixed=1.0)
+    first = policy.choose(view, costs, TightestDecode())  # type: ignore[arg-type]
+    costs.mixed = 0.0005
+    again = policy.choose(view, costs, TightestDecode())  # type: ignore[arg-type]
+    fresh = choose(view, costs)
+    assert first is not None
+    assert again is not None
+    assert (first.sharing, again.sharing, fresh.sharing) == (Sharing.SPATIAL, Sharing.SPATIAL, Sharing.FUSED)
+
+
+def test_free_work_is_no_division_by_zero() -> None:
+    class Free(Reckoned):
+        def prefill(self, work: PrefillShape, units: int) -> float:
+            return 0.0
+
+        def decode(self, work: DecodeShape, units: int) -> float:
+            return 0.0
+
+    assert choose(Picture([prompt("new", 4096)]), Free(mixed=0.0)).decode is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prefill_weight": 0.0}, "prefill_weight"),
+        ({"prefill_weight": float("nan")}, "prefill_weight"),
+        ({"margin": 1.5}, "margin"),
+        ({"hysteresis": -0.1}, "hysteresis"),
+        ({"scan": 0}, "scan"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, float], named: str) -> None:
+    with pytest.raises(OptionError, match=f"option '{named}'"):
+        DriftPolicy(**options)  # type: ignore[arg-type]
