@@ -9,6 +9,9 @@ Two numbers per count of running requests. *Gap*: from the moment a finished ste
 next one is launched, when the device has nothing to decode; the bound aimed for is 300 us at 128. *Total*: the
 gap and what is prepared while the device runs. Each twice: *steady*, the same requests step after step, and
 *changing*, one ending and another joining about every other step.
+
+Nothing but time differs between runs, so on a machine with other work `--repeats N` takes each step's least
+time over N runs.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ CLOCK = time.thread_time
 COUNTS = (16, 64, 128, 256)
 UNITS, LAYERS, PAGE_TOKENS, CONTEXT = 132, 4, 16, 8192
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.95, ignore_eos=True, max_tokens=None)
 
 # Heads and pages of Llama-3.1-8B, which decide what the host does; widths that it never looks at are small.
 MODEL = ModelConfig(
@@ -107,7 +111,7 @@ def build(running: int) -> CudaExecutor:
     stub.kind = "cuda"  # nobody asks what work touches
     pages = running * (CONTEXT // PAGE_TOKENS) // 2
     sequences = SequenceTable()
-    kv = PagedKv(pages, PAGE_TOKENS, sequences.tokens_of)
+    kv = PagedKv(pages, PAGE_TOKENS, sequences.tokens_of, put_off=True)
     cache = KvCache([torch.empty(pages + 1, 0)], [torch.empty(pages + 1, 0)], PAGE_TOKENS)
     decoder = Decoder(MODEL, random_weights(MODEL, torch.float32), ReferenceOps(), CONTEXT)
     menu = tuple(Partition(*entry) for entry in Splits().menu())
@@ -150,8 +154,9 @@ class Watch:
                 launched = self._executor.times.spent.get("launch decode")
                 after = self._executor.times.spent["submit"][-1] - launched[-1] if launched else 0.0
                 self.gaps.append(now - self._seen - after)
-                prepared = self._executor.times.spent.pop("prepare", [0.0])
-                self.totals.append(now - self._seen + sum(prepared))
+                spent = self._executor.times.spent
+                beside = sum(sum(spent.pop(name, ())) for name in ("prepare", "settle"))
+                self.totals.append(now - self._seen + beside)
                 self._left -= 1
             self._decoding += 1
 
@@ -161,7 +166,29 @@ class Watch:
         return self._wait(until)
 
 
-def measure(running: int, steps: int, policy: str, *, changing: bool = True) -> dict[str, float]:
+def measure(
+    running: int,
+    steps: int,
+    policy: str,
+    *,
+    changing: bool = True,
+    sampling: SamplingParams = GREEDY,
+    repeats: int = 1,
+) -> dict[str, float]:
+    """Times of decoding `running` requests, each step's the least over the repeats."""
+    watches = [run(running, steps, policy, changing, sampling) for _ in range(repeats)]
+    gaps = [min(times) for times in zip(*(watch.gaps for watch in watches), strict=True)]
+    totals = [min(times) for times in zip(*(watch.totals for watch in watches), strict=True)]
+    return {
+        "steps": len(gaps),
+        "gap_us_p10": _quantile(gaps, 0.1) * 1e6,
+        "gap_us_p50": statistics.median(gaps) * 1e6,
+        "gap_us_p90": _quantile(gaps, 0.9) * 1e6,
+        "total_us_p50": statistics.median(totals) * 1e6,
+    }
+
+
+def run(running: int, steps: int, policy: str, changing: bool, sampling: SamplingParams) -> Watch:
     """Decoding of `running` requests. `changing`: as one ends, another arrives, every other step; else nobody ends."""
     draw = random.Random(running)
     executor = build(running)
@@ -181,7 +208,7 @@ def measure(running: int, steps: int, policy: str, *, changing: bool = True) -> 
         nonlocal made
         prompt = [draw.randrange(512) for _ in range(draw.randint(200, 1500))]
         request = Request(f"r{made}", executor.now(), len(prompt), output, SLO(10.0, 0.1), prompt=prompt)
-        executor.arrive(request, GREEDY)
+        executor.arrive(request, sampling)
         made += 1
 
     def deliver(step: Step) -> None:
@@ -194,14 +221,7 @@ def measure(running: int, steps: int, policy: str, *, changing: bool = True) -> 
     for _ in range(running):
         arrive(draw.randint(5, 400) if changing else 4000)
     serve(scheduler, executor, deliver)
-    gaps, totals = watch.gaps, watch.totals
-    return {
-        "steps": len(gaps),
-        "gap_us_p10": _quantile(gaps, 0.1) * 1e6,
-        "gap_us_p50": statistics.median(gaps) * 1e6,
-        "gap_us_p90": _quantile(gaps, 0.9) * 1e6,
-        "total_us_p50": statistics.median(totals) * 1e6,
-    }
+    return watch
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
@@ -215,14 +235,22 @@ def main() -> None:
     parser.add_argument("--running", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--dispatch", default="gang", choices=sorted(FACTORIES))
+    parser.add_argument(
+        "--sampled", action="store_true", help="draw tokens (temperature, top-p), not the likeliest"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="runs, of which each step's least time counts")
     parser.add_argument("--json", default=None, metavar="PATH")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
+    sampling = DRAWN if options.sampled else GREEDY
     print(f"{'running':>8}{'':>10}{'gap p10':>10}{'p50':>8}{'p90':>8}{'total p50':>12}  us")
     for count in options.running:
         for name, changing in (("steady", False), ("changing", True)):
-            row = measure(count, options.steps, options.dispatch, changing=changing)
+            row = measure(
+                count, options.steps, options.dispatch, changing=changing, sampling=sampling,
+                repeats=options.repeats,
+            )  # fmt: skip
             found[f"{count} {name}"] = row
             print(
                 f"{count:>8}{name:>10}{row['gap_us_p10']:>10.0f}{row['gap_us_p50']:>8.0f}{row['gap_us_p90']:>8.0f}"

@@ -27,9 +27,9 @@ class Live:
 class Both:
     """Drives the two pools in step and compares every answer."""
 
-    def __init__(self, pages: int, page_tokens: int) -> None:
+    def __init__(self, pages: int, page_tokens: int, put_off: bool = False) -> None:
         self.tokens: dict[str, tuple[int, ...]] = {}
-        self.paged = PagedKv(pages, page_tokens, self.tokens.__getitem__)
+        self.paged = PagedKv(pages, page_tokens, self.tokens.__getitem__, put_off=put_off)
         self.counting = CountingKv(pages, page_tokens)
         self.page_tokens = page_tokens
         self.live: dict[str, Live] = {}
@@ -94,9 +94,12 @@ OPERATIONS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(operations=OPERATIONS, pages=st.integers(1, 20), page_tokens=st.sampled_from([1, 3, 4]))
-def test_any_sequence_of_calls_gets_the_same_answers(operations, pages, page_tokens):
-    both = Both(pages, page_tokens)
+@given(
+    operations=OPERATIONS, pages=st.integers(1, 20), page_tokens=st.sampled_from([1, 3, 4]),
+    put_off=st.booleans(),
+)  # fmt: skip
+def test_any_sequence_of_calls_gets_the_same_answers(operations, pages, page_tokens, put_off):
+    both = Both(pages, page_tokens, put_off)
     for index, (kind, number, prompt, output) in enumerate(operations):
         if kind in ("admit", "lookup"):
             request = both.request(f"r{index}", [number % 2, *prompt], output, salt="xy"[number % 5 == 0])
@@ -116,19 +119,22 @@ def test_any_sequence_of_calls_gets_the_same_answers(operations, pages, page_tok
                 both.commit(name, number % 40)
             elif kind == "release":
                 both.release(name)
+        if number % 3 == 0:
+            both.paged.settle(number % 2 + 1)
         both.audit()
     for name in list(both.live):
         both.release(name)
     assert both.paged.free_pages == pages
 
 
+@pytest.mark.parametrize("put_off", [False, True])
 @pytest.mark.parametrize(
     ("seed", "pages", "page_tokens"), [(1, 40, 4), (2, 200, 16), (3, 60, 16), (4, 12, 2), (5, 500, 8)]
 )
-def test_long_runs_of_served_requests_get_the_same_answers(seed, pages, page_tokens):
+def test_long_runs_of_served_requests_get_the_same_answers(seed, pages, page_tokens, put_off):
     """What a scheduler does: admit, prefill in chunks, decode token by token, preempt, cancel, come back."""
     chance = random.Random(seed)
-    both = Both(pages, page_tokens)
+    both = Both(pages, page_tokens, put_off)
     stems = [[chance.randrange(50) for _ in range(page_tokens * 6)] for _ in range(6)]
     waiting: list[tuple[Request, int]] = []
     for step in range(2500):

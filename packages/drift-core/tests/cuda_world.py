@@ -90,7 +90,7 @@ def stub_executor(
     stub: StubDevice, *, max_running: int = 8, prefill_tokens: int = 128, partitions: Partitions | None = None
 ) -> CudaExecutor:
     sequences = SequenceTable()
-    kv = PagedKv(PAGES, PAGE_TOKENS, sequences.tokens_of)
+    kv = PagedKv(PAGES, PAGE_TOKENS, sequences.tokens_of, put_off=True)
     device = Device(
         UNITS, tuple(Partition(*entry) for entry in MENU), LAYERS, frozenset(Sharing), name="stub"
     )

@@ -51,6 +51,25 @@ def test_tables_list_the_pages_in_order_and_sharing_reuses_them():
     pool.kv.audit()
 
 
+def test_publishing_can_be_put_off_until_there_is_time():
+    pool = Pool()
+    pool.kv = kv = PagedKv(16, PAGE, pool.tokens.__getitem__, put_off=True)
+    kv.admit(pool.request("a", list(range(20))), 20, 20)
+    kv.commit("a", 20)
+    assert not kv._published
+    assert kv.settle(2) == 2
+    assert len(kv._published) == 2
+    kv.audit()
+    assert kv.lookup(pool.request("b", [*range(16), 99]), 17) == 16  # whoever asks finds everything
+    assert kv.settle() == 0
+    kv.extend("a", 24)
+    pool.tokens["a"] += [20, 21, 22, 23]
+    kv.commit("a", 24)
+    kv.release("a")
+    assert kv.num_cached_pages == 6
+    kv.audit()
+
+
 def test_a_table_once_handed_out_never_changes():
     pool = Pool(64)
     pool.kv.admit(pool.request("a", [1, 2, 3]), 3, 3)

@@ -134,7 +134,10 @@ class _Held:
             grown = np.empty(max(8, 2 * len(self.pages)), dtype=np.int32)
             grown[:start] = self.table[:start]
             self.table = grown
-        self.table[start : len(self.pages)] = fresh
+        if len(fresh) == 1:
+            self.table[start] = fresh[0]
+        else:
+            self.table[start : len(self.pages)] = fresh
 
 
 class PagedKv:
@@ -143,6 +146,8 @@ class PagedKv:
     `tokens_of(request_id)`: the ids of all tokens known of a request, prompt first, generated ones appended;
     asked only for tokens beyond `Request.prompt`. A request object's tokens may grow but never change.
     `hash_key`: the secret that keys the hashes (at most 64 bytes); drawn at random when not given.
+    `put_off`: filled pages are published by `settle`, which whoever runs the work calls while there is time, or
+    when they are next looked for; without it at once.
 
     Not thread-safe: the scheduler's thread owns it.
     """
@@ -153,6 +158,8 @@ class PagedKv:
         page_tokens: int,
         tokens_of: Callable[[str], Sequence[int]],
         hash_key: bytes | None = None,
+        *,
+        put_off: bool = False,
     ) -> None:
         if num_pages < 1 or page_tokens < 1:
             raise ValueError(f"a pool needs at least one page of one token, not {num_pages} of {page_tokens}")
@@ -167,6 +174,8 @@ class PagedKv:
         self._published: dict[bytes, int] = {}
         self._hash_of: list[bytes | None] = [None] * num_pages
         self._held: dict[str, _Held] = {}
+        self._puts_off = put_off
+        self._unpublished: dict[str, int] = {}  # of these requests so many leading pages are filled
         self._waiting: OrderedDict[str, _Chain] = OrderedDict()
 
     @property
@@ -218,7 +227,7 @@ class PagedKv:
         if tokens <= held.covered_tokens:
             return True
         fresh = -(-tokens // self.page_tokens) - len(held.pages)
-        if fresh > self.free_pages:
+        if fresh > len(self._empty) + len(self._idle):
             return False
         held.append(self._take(fresh), self.page_tokens)
         return True
@@ -231,6 +240,27 @@ class PagedKv:
         if tokens < held.next_publish:
             return
         stop = tokens // self.page_tokens
+        held.next_publish = (stop + 1) * self.page_tokens
+        if self._puts_off:
+            self._unpublished[request_id] = stop
+        else:
+            self._publish(held, stop)
+
+    def settle(self, pages: int | None = None) -> int:
+        """Publish what was put off, in order, at most so many `pages` of it; how many it were."""
+        published = 0
+        while self._unpublished and published != pages:
+            request_id, stop = next(iter(self._unpublished.items()))
+            held = self._held[request_id]
+            last = stop if pages is None else min(stop, held.committed + pages - published)
+            published += last - held.committed
+            self._publish(held, last)
+            if last == stop:
+                del self._unpublished[request_id]
+        return published
+
+    def _publish(self, held: _Held, stop: int) -> None:
+        """Publish the first `stop` pages, as far as that is still to be done."""
         self._hash_up_to(held.chain, stop)
         for index in range(held.committed, stop):
             digest, page = held.chain.hashes[index], held.pages[index]
@@ -238,20 +268,21 @@ class PagedKv:
                 self._published[digest] = page
                 self._hash_of[page] = digest
         held.committed = stop
-        held.next_publish = (stop + 1) * self.page_tokens
 
     def release(self, request_id: str) -> None:
         """Drop every reference of the request; published pages stay cached until evicted."""
         held = self._holder(request_id)
+        self.settle()
         del self._held[request_id]
+        refs, hash_of, empty, idle = self._refs, self._hash_of, self._empty, self._idle
         for page in reversed(held.pages):
-            self._refs[page] -= 1
-            if self._refs[page]:
+            left = refs[page] = refs[page] - 1
+            if left:
                 continue
-            if self._hash_of[page] is None:
-                self._empty.append(page)
+            if hash_of[page] is None:
+                empty.append(page)
             else:
-                self._idle[page] = None
+                idle[page] = None
         if held.chain.request.reuse_tokens is not None:
             self._give_up_first(held.pages[held.chain.request.reuse_tokens // self.page_tokens :])
 
@@ -263,6 +294,7 @@ class PagedKv:
 
     def flush(self) -> int:
         """Forget every cached prefix that no request uses; how many pages those were."""
+        self.settle()
         for page in self._idle:
             digest = self._hash_of[page]
             assert digest is not None, f"page {page} is idle and caches nothing"
@@ -317,6 +349,7 @@ class PagedKv:
 
     def _match(self, chain: _Chain, known_tokens: int) -> list[int]:
         """Published pages of the leading tokens that lie within `known_tokens - 1` positions."""
+        self.settle()
         limit = (known_tokens - 1) // self.page_tokens
         published, hashes = self._published, chain.hashes
         matched: list[int] = []
@@ -367,7 +400,8 @@ class PagedKv:
                 self.stats.evicted_pages += 1
             self._refs[page] = 1
             taken.append(page)
-        self.stats.peak_pages = max(self.stats.peak_pages, self.total_pages - self.free_pages)
+        used = self.total_pages - len(self._empty) - len(self._idle)
+        self.stats.peak_pages = max(self.stats.peak_pages, used)
         return taken
 
     def _holder(self, request_id: str) -> _Held:

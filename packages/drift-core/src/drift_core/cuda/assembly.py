@@ -82,7 +82,7 @@ def assemble_cuda(
     cache = KvCache.allocate(model, plan.num_pages + 1, plan.page_tokens, weights.dtype, accelerator.device)
     decoder = Decoder(model, weights, kernels.ops(accelerator.units), plan.max_context)
     sequences = SequenceTable()
-    kv = PagedKv(plan.num_pages, plan.page_tokens, sequences.tokens_of)
+    kv = PagedKv(plan.num_pages, plan.page_tokens, sequences.tokens_of, put_off=True)
     return CudaExecutor(
         accelerator, partitions, decoder, cache, kernels, kv, plan, sequences, device,
         max_running=options.max_running, prefill_tokens=options.prefill_tokens, seed=options.seed,

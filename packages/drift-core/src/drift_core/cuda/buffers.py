@@ -97,6 +97,7 @@ class PassBuffers:
             {name: self._view(block.numpy(), name) for name in self._layout} for block in self._pinned
         ]
         self._turn = 0
+        self._slices: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def open(self) -> dict[str, Array]:
         """The other host block, to be filled; by name."""
@@ -110,9 +111,15 @@ class PassBuffers:
 
     def send(self, stream: Stream, sequences: int) -> None:
         """Copy the block opened last, the page table as far as its first `sequences` rows."""
-        _, start, _ = self._layout["page_table"]
-        stop = start + sequences * self.room.pages
-        self._accelerator.copy(stream, self.device[:stop], self._pinned[self._turn][:stop])
+        found = self._slices.get((self._turn, sequences))
+        if found is None:
+            _, start, _ = self._layout["page_table"]
+            stop = start + sequences * self.room.pages
+            found = self._slices[self._turn, sequences] = (
+                self.device[:stop],
+                self._pinned[self._turn][:stop],
+            )
+        self._accelerator.copy(stream, *found)
 
     def table(self, host: dict[str, Array]) -> npt.NDArray[np.int32]:
         """The page table of a host block, [sequences, pages]."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,13 @@ class DecodeWork:
     items: Words  # [items, ITEM_WORDS]
     merges: Words  # [merges, MERGE_WORDS]
     last: Ints  # [kv_heads * rows]
+    lent: tuple[Words, list[Words]] | None = None  # the memory of all four, and where it belongs
+
+    def give_back(self) -> None:
+        """Nobody looks at it any more: its memory may serve the next."""
+        if self.lent is not None:
+            block, shelf = self.lent
+            shelf.append(block)
 
     def advance(self) -> None:
         """Every row has one position more."""
@@ -94,6 +102,8 @@ class NativeCut:
     def __init__(self) -> None:
         self._cut = load_native().held.drift_cut_decode
         self._merged = np.zeros(1, np.int64)
+        self._merged_at: int = self._merged.ctypes.data
+        self._shelf: list[Words] = []  # memory given back: touching new pages takes longer than cutting
 
     def __call__(
         self,
@@ -108,16 +118,25 @@ class NativeCut:
         rows = len(context)
         assert programs >= kv_heads, f"{programs} programs for {kv_heads} kv heads"
         context = np.ascontiguousarray(context, np.int64)
-        bounds = np.empty(programs + 1, np.int32)
-        items = np.empty((rows * kv_heads + programs, ITEM_WORDS), np.int32)
-        merges = np.empty((programs, MERGE_WORDS), np.int32)
-        last = np.empty(kv_heads * rows, np.int64)
-        given = (context, bounds, items, merges, last, self._merged)
-        at = [array.ctypes.data for array in given]
+        lasts, most = kv_heads * rows, kv_heads * rows + programs
+        sizes = (2 * lasts, programs + 1, most * ITEM_WORDS, programs * MERGE_WORDS)
+        ends = list(accumulate(sizes))
+        block = self._shelf.pop() if self._shelf else np.empty(0, np.int32)
+        if len(block) < ends[-1]:
+            block = np.empty(ends[-1] + ends[-1] // 4, np.int32)
+        start: int = block.ctypes.data
+        bounds, items, merges = (start + 4 * end for end in ends[:-1])
         count = self._cut(
-            at[0], rows, kv_heads, keys, least_keys, programs, 0 if window is None else window, *at[1:]
+            context.ctypes.data, rows, kv_heads, keys, least_keys, programs, 0 if window is None else window,
+            bounds, items, merges, start, self._merged_at,
+        )  # fmt: skip
+        return DecodeWork(
+            block[ends[0] : ends[1]],
+            block[ends[1] : ends[2]].reshape(most, ITEM_WORDS)[:count],
+            block[ends[2] : ends[3]].reshape(programs, MERGE_WORDS)[: int(self._merged[0])],
+            block[: ends[0]].view(np.int64),
+            (block, self._shelf),
         )
-        return DecodeWork(bounds, items[:count], merges[: int(self._merged[0])], last)
 
 
 def fastest_cut() -> Cut:

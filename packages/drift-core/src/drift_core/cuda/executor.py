@@ -66,6 +66,9 @@ LAYERS_PER_LAUNCH = 2
 MIXED_TOKENS = 512
 """Mixed passes of up to so many tokens are captured at start-up."""
 
+SETTLED_AT_ONCE = 16
+"""Pages of finished KV published for reuse between two looks at the device, of a few microseconds each."""
+
 SPIN_SECONDS = 20e-6
 NAP_SECONDS = 50e-6
 
@@ -149,6 +152,7 @@ class CudaExecutor:
         self._failures: list[Event] = []
         self._formed: set[str] = set()  # requests whose output has a form
         self._masks: list[Matcher] = []  # of the step under way, still to be worked out
+        self._settle = kv.settle if isinstance(kv, PagedKv) else None
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -341,15 +345,15 @@ class CudaExecutor:
     def _prepare_next(self) -> None:
         """The likeliest next step is this one's requests again, on the same units."""
         running = self._running.get(Lane.DECODE)
-        if running is not None and running.launched and self._decode_units:
-            started = self.times.start()
-            if self.decode.prepare(self._decode_units):
-                self.times.stop("prepare", started)
-                return
-        if self._masks:
-            started = self.times.start()
+        decoding = running is not None and running.launched and self._decode_units
+        started = self.times.start()
+        if decoding and self.decode.prepare(self._decode_units):
+            self.times.stop("prepare", started)
+        elif self._masks:
             self._masks.pop().allowed()
             self.times.stop("masks", started)
+        elif self._settle is not None and self._settle(SETTLED_AT_ONCE):
+            self.times.stop("settle", started)
 
     # ------------------------------------------------------------------------------------- launching
 
@@ -495,11 +499,17 @@ class CudaExecutor:
                 if details is not None and result.logprobs is not None:
                     details[row] = result.logprobs[index]
         by_host = set(host)
-        for row, state in enumerate(chosen.states):
-            token = tokens[row]
+        for row, (state, token) in enumerate(zip(chosen.states, tokens, strict=True)):
             state.tokens.append(token)
-            if row not in by_host:
-                stopped[row] = state.sampler.record(token)
+            sampler = state.sampler
+            if host and row in by_host:
+                continue  # `sample` has recorded it
+            if not sampler.plain:
+                stopped[row] = sampler.record(token)
+                continue
+            sampler.generated += 1  # what `record` does for a plain request, without the call
+            if token in sampler.stop_ids:
+                stopped[row] = True
         return _Found(chosen.ids, tokens, stopped, details)
 
     def _prefill_event(self, found: _Found, seconds: float) -> PrefillDone:

@@ -62,26 +62,44 @@ class _Asked:
     host_rows: list[int] = field(default_factory=list)
 
 
+@dataclass(slots=True, eq=False)
+class _Wishes:
+    """How the rows of `states`, a list that never changes, want their tokens: read once, good for many steps.
+
+    `host_rows`: chosen on the host. `columns`: what drawing needs, when any row draws. `drawn`: tokens that each
+    had at the first step.
+    """
+
+    states: list[SequenceState]
+    host_rows: list[int] = field(default_factory=list)
+    columns: dict[str, Array] | None = None
+    drawn: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    steps: int = 0
+
+
 class _Chooser:
     """Fills in how each row's token is chosen, and adds the launches that the likeliest token does not do for."""
 
     def __init__(self, accelerator: Accelerator, outputs: Outputs, cells: TokenCells) -> None:
         self._accelerator, self._outputs, self._cells = accelerator, outputs, cells
         self._asked = _Asked()
+        self._wishes: _Wishes | None = None
 
     def ask(
         self, ids: tuple[str, ...], states: list[SequenceState], host: dict[str, Array], each: Pass
     ) -> Callable[[Stream, int], None]:
         """How the next tokens of `ids` are chosen; returns what to launch once their logits are there."""
-        host_rows: list[int] = []
-        drawn = False
-        if self._cells.choosy:
-            host_rows = [row for row, state in enumerate(states) if chosen_on_host(state.sampler)]
-            left = set(host_rows)
-            drawn = any(draws(state.sampler) for row, state in enumerate(states) if row not in left)
+        wishes = self._wishes
+        if wishes is None or wishes.states is not states:
+            wishes = self._wishes = self._read(ids, states)
+        else:
+            wishes.steps += 1
+        host_rows, drawn = wishes.host_rows, wishes.columns is not None
         asked, count = _Asked(ids, states, host_rows), len(ids)
-        if drawn:
-            self._fill(ids, states, host)
+        if wishes.columns is not None:
+            for name, column in wishes.columns.items():
+                host[name][:count] = column
+            host["drawn"][:count] = wishes.drawn + wishes.steps
 
         def launch(stream: Stream, units: int) -> None:
             self._asked = asked
@@ -109,21 +127,29 @@ class _Chooser:
         if asked.host_rows:
             self._accelerator.host_reads(out.host_logits)
             logits = out.host_logits
-        tokens: list[int] = out.host_tokens.numpy()[: len(asked.ids)].tolist()
+        tokens: list[int] = out.chosen[: len(asked.ids)].tolist()
         return Sampled(asked.ids, asked.states, tokens, asked.host_rows, logits)
 
-    def _fill(self, ids: tuple[str, ...], states: list[SequenceState], host: dict[str, Array]) -> None:
-        count, params = len(ids), [state.sampler.params for state in states]
-        columns: dict[str, list[Any]] = {
-            "temperature": [0.0 if p.greedy else max(p.temperature, MIN_TEMPERATURE) for p in params],
-            "top_k": [max(p.top_k, 0) for p in params],
-            "top_p": [p.top_p for p in params],
-            "min_p": [p.min_p for p in params],
-            "seeds": [self._cells.seed(request_id) for request_id in ids],
-            "drawn": [state.sampler.generated for state in states],
+    def _read(self, ids: tuple[str, ...], states: list[SequenceState]) -> _Wishes:
+        """What these requests want of their tokens."""
+        if not self._cells.choosy:
+            return _Wishes(states)
+        samplers = [state.sampler for state in states]
+        host_rows = [row for row, sampler in enumerate(samplers) if chosen_on_host(sampler)]
+        left = set(host_rows)
+        if not any(draws(sampler) for row, sampler in enumerate(samplers) if row not in left):
+            return _Wishes(states, host_rows)
+        params = [sampler.params for sampler in samplers]
+        columns = {
+            "temperature": np.array(
+                [0.0 if p.greedy else max(p.temperature, MIN_TEMPERATURE) for p in params]
+            ),
+            "top_k": np.array([max(p.top_k, 0) for p in params]),
+            "top_p": np.array([p.top_p for p in params]),
+            "min_p": np.array([p.min_p for p in params]),
+            "seeds": np.array([self._cells.seed(request_id) for request_id in ids]),
         }
-        for name, values in columns.items():
-            host[name][:count] = values
+        return _Wishes(states, host_rows, columns, np.array([sampler.generated for sampler in samplers]))
 
 
 class DecodeLane:
@@ -225,6 +251,7 @@ class DecodeLane:
         each = self._steps if extent.lists == NARROW else self._mixes
 
         def make() -> Work:
+            self.rows.forget_blocks()
             host = each.buffers.open()
             table = each.buffers.table(host)
             pad(host, table, 0, extent.sequences, (self._spare_page, self.cells.spare))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,6 +52,7 @@ class Outputs:
         self.logits = accelerator.empty((samples, model.config.vocab_size), torch.float32, lane)
         self.tokens = accelerator.empty((samples,), torch.int64, lane)
         self.host_tokens = accelerator.pinned((samples,), torch.int64)
+        self.chosen: npt.NDArray[np.int64] = self.host_tokens.numpy()
         self.scratch = model.kernels.scratch(accelerator, lane, samples, units)
         self._accelerator, self._vocab = accelerator, model.config.vocab_size
         self._host_logits: Tensor | None = None

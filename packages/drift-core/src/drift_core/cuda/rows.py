@@ -1,13 +1,17 @@
 """The decoding requests as arrays, one row each, kept from step to step and written into a pass's buffers.
 
-A step of the same requests moves every row on by one; requests that come or go cost a regrouping. `prepare`
-does all that does not need the step's own pages or tokens, so it can be done while the device runs the step
-before. Knows nothing of streams, layers or why a request decodes.
+A step of the same requests moves every row on by one; requests that come or go cost what there is to know of
+them, and the rows of the others stay as they are. `move_on` does all that does not need the step's own pages
+or tokens, so it can be done while the device runs the step before. Page tables are long, so a buffer gets what
+has changed since it was filled last. Knows nothing of streams, layers or why a request decodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import compress
+from operator import is_not
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +24,41 @@ from drift_core.sequences import SequenceState, SequenceTable
 RECUT_STEPS = 64
 """Steps of the same rows after which their work is cut anew, so that shares stay equal."""
 
+MOST_NOTES = 16
+"""Changes of page tables after which writing all of them takes no longer."""
+
 HOST_TOKEN = -1
 """The cell of a row whose last token the device does not have."""
 
 Cut = Callable[[Ints, int], DecodeWork]
+Table = npt.NDArray[np.int32]
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    """A host block that rows were written into, and what of their page tables has changed since."""
+
+    host: dict[str, Array]
+    whole: bool = True
+    rows: list[Ints] = field(default_factory=list)
+    entries: list[tuple[Ints, Ints]] = field(default_factory=list)  # rows, and the entry of each
+
+    def note(self, rows: Ints, entries: Ints | None = None) -> None:
+        """These rows differ by now, in these entries or altogether."""
+        if self.whole:
+            return
+        if entries is None:
+            self.rows.append(rows)
+        else:
+            self.entries.append((rows, entries))
+        if len(self.rows) + len(self.entries) > MOST_NOTES:
+            self.rewrite()
+
+    def rewrite(self) -> None:
+        """Nothing in it can be relied on."""
+        self.whole = True
+        self.rows.clear()
+        self.entries.clear()
 
 
 class DecodeRows:
@@ -42,10 +77,13 @@ class DecodeRows:
         self.ids: tuple[str, ...] = ()
         self.states: list[SequenceState] = []
         self._row_of: dict[str, int] = {}
-        self._context: Ints = np.zeros(0, np.int64)  # positions in KV before the next step
-        self._cells: Ints = np.zeros(0, np.int64)
-        self._table, self._other_table = (np.zeros((capacity, pages), np.int32) for _ in range(2))
+        self._context: Ints = np.zeros(capacity, np.int64)  # positions that the step reads, its own included
+        self._slots: Ints = np.zeros(capacity, np.int64)  # where it writes
+        self._cells: Ints = np.zeros(capacity, np.int64)
+        self._table = np.zeros((capacity, pages), np.int32)
+        self._on_host: list[int] = []  # rows whose last token the device does not have
         self._width = 1
+        self._blocks: list[_Block] = []
         self._work: DecodeWork | None = None
         self._work_sms = 0
         self._age = 0
@@ -62,13 +100,13 @@ class DecodeRows:
     @property
     def context(self) -> Ints:
         """Positions that the step prepared last reads, its own included."""
-        return self._context
+        return self._context[: len(self.states)]
 
     @property
-    def pages_used(self) -> npt.NDArray[np.int32]:
+    def pages_used(self) -> Table:
         """Pages that the step reads, of all rows one after another."""
-        there = np.arange(self._width) < -(-self._context // self._kv.page_tokens)[:, None]
-        pages: npt.NDArray[np.int32] = self._table[: len(self.ids), : self._width][there]
+        there = np.arange(self._width) < -(-self.context // self._kv.page_tokens)[:, None]
+        pages: Table = self._table[: len(self.states), : self._width][there]
         return pages
 
     def move_on(self, num_sms: int) -> None:
@@ -76,7 +114,9 @@ class DecodeRows:
         if self._moved:
             return
         self._moved = True
-        self._context += 1
+        count = len(self.states)
+        self._context[:count] += 1
+        self._slots[:count] += 1
         self._age += 1
         if self._work is None or self._work_sms != num_sms or self._age >= RECUT_STEPS:
             self._recut(num_sms)
@@ -85,14 +125,12 @@ class DecodeRows:
 
     def choose(self, request_ids: tuple[str, ...], num_sms: int) -> DecodeWork:
         """Rows for the step of `request_ids`, standing at it; pages newly reached are read from the pool."""
-        if request_ids != self.ids:
+        if request_ids is not self.ids and request_ids != self.ids:
             self._regroup(request_ids)
         self.move_on(num_sms)
         if self._work is None or self._work_sms != num_sms:
             self._recut(num_sms)
-        tokens = self._kv.page_tokens
-        for row in np.flatnonzero((self._context - 1) % tokens == 0).tolist():
-            self._read_pages(row)
+        self._turn_pages()
         assert self._work is not None
         return self._work
 
@@ -110,63 +148,120 @@ class DecodeRows:
             if self._row_of.pop(request_id, None) is not None:
                 self.ids = ()
 
-    def fill(self, host: dict[str, Array], table: npt.NDArray[np.int32], spare_cell: int) -> None:
+    def forget_blocks(self) -> None:
+        """Somebody else wrote into the host blocks."""
+        for block in self._blocks:
+            block.rewrite()
+
+    def fill(self, host: dict[str, Array], table: Table, spare_cell: int) -> None:
         """Write tokens and sequences 0..B-1; `spare_cell` takes the tokens that go nowhere."""
-        count = len(self.ids)
-        context = self._context
-        position = context - 1
-        page = position // self._kv.page_tokens
+        count = len(self.states)
+        context, cells = self._context[:count], self._cells[:count]
         host["context_lens"][:count] = context
-        host["source"][:count] = -1 - self._cells
-        for row in np.flatnonzero(self._cells == HOST_TOKEN).tolist():
+        np.subtract(context, 1, out=host["positions"][:count])
+        np.subtract(-1, cells, out=host["source"][:count])
+        host["slots"][:count] = self._slots[:count]
+        targets = host["sample_cells"]
+        targets[:count] = cells
+        for row in self._on_host:
             host["source"][row] = self.states[row].tokens[-1]
-        host["positions"][:count] = position
-        slots = self._table[np.arange(count), page].astype(np.int64)
-        slots *= self._kv.page_tokens
-        slots += position - page * self._kv.page_tokens
-        host["slots"][:count] = slots
-        host["sample_cells"][:count] = np.where(self._cells == HOST_TOKEN, spare_cell, self._cells)
-        table[:count, : self._width] = self._table[:count, : self._width]
+            targets[row] = spare_cell
+        self._fill_table(host, table, count)
 
     # ------------------------------------------------------------------------------------------
 
+    def _fill_table(self, host: dict[str, Array], table: Table, count: int) -> None:
+        """What of the page tables this block lacks."""
+        block = next((each for each in self._blocks if each.host is host), None)
+        if block is None:
+            block = _Block(host)
+            self._blocks.append(block)
+        if block.whole:
+            table[:count, : self._width] = self._table[:count, : self._width]
+            block.whole = False
+            return
+        for rows in block.rows:
+            table[rows, : self._width] = self._table[rows, : self._width]
+        for rows, entries in block.entries:
+            table[rows, entries] = self._table[rows, entries]
+        block.rows.clear()
+        block.entries.clear()
+
+    def _drop_work(self) -> None:
+        if self._work is not None:
+            self._work.give_back()
+        self._work = None
+
     def _recut(self, num_sms: int) -> None:
-        self._work, self._work_sms, self._age = self._cut(self._context, num_sms), num_sms, 0
+        self._drop_work()
+        self._work, self._work_sms, self._age = self._cut(self.context, num_sms), num_sms, 0
+
+    def _turn_pages(self) -> None:
+        """Rows whose step writes the first slot of a page: which page that is, the pool knows by now."""
+        tokens = self._kv.page_tokens
+        position = self.context - 1
+        rows = (position % tokens == 0).nonzero()[0]  # a third of flatnonzero's time
+        if not len(rows):
+            return
+        entries = position[rows] // tokens
+        page_table, ids = self._kv.page_table, self.ids
+        pages = [
+            page_table(ids[row])[entry] for row, entry in zip(rows.tolist(), entries.tolist(), strict=True)
+        ]
+        new = np.array(pages, np.int64)
+        self._table[rows, entries] = new
+        self._slots[rows] = new * tokens
+        self._width = max(self._width, int(entries.max()) + 1)
+        for block in self._blocks:
+            block.note(rows, entries)
 
     def _regroup(self, request_ids: tuple[str, ...]) -> None:
         """Keep the rows of requests that stay, read those of requests that join."""
-        before = list(map(self._row_of.get, request_ids))
-        joined = [row for row, old in enumerate(before) if old is None]
-        states = self.states
-        self.states = [
-            states[old] if old is not None else self._sequences[request_id]
-            for old, request_id in zip(before, request_ids, strict=True)
-        ]
-        self.ids = request_ids
-        self._row_of = dict(zip(request_ids, range(len(request_ids)), strict=True))
-        source = np.array([0 if old is None else old for old in before], np.int64)
-        if len(joined) == len(source):
-            context, cells = np.zeros((2, len(source)), np.int64)
+        old, count, row_of, before = self.ids, len(request_ids), self._row_of, self.states
+        changed = list(compress(range(count), map(is_not, old, request_ids)))
+        changed.extend(range(min(len(old), count), count))
+        sources = [row_of.get(request_ids[row]) for row in changed]
+        if 2 * len(changed) >= count:
+            self._row_of = dict(zip(request_ids, range(count), strict=True))
         else:
-            context, cells = self._context[source] - self._moved, self._cells[source]
-            context[joined] = 0
-        self._width = width = int(context.max(initial=0)) // self._kv.page_tokens + 1
-        self._other_table[: len(source), :width] = self._table[source, :width]
-        self._table, self._other_table = self._other_table, self._table
-        self._context, self._cells = context, cells
-        for row in joined:
-            context[row] = len(self.states[row].tokens) - 1
-            cells[row] = self._cell_of(request_ids[row])
-            self._read_pages(row)
-        self._work, self._moved = None, False
+            for gone in (*[old[row] for row in changed if row < len(old)], *old[count:]):
+                row_of.pop(gone, None)
+            row_of.update([(request_ids[row], row) for row in changed])
+        self._move(changed, sources)
+        self.ids, self.states = request_ids, before[:count]
+        for row, source in zip(changed, sources, strict=True):
+            state = self._join(row) if source is None else before[source]
+            if row < len(self.states):
+                self.states[row] = state
+            else:
+                self.states.append(state)
+        self._on_host = (self._cells[:count] == HOST_TOKEN).nonzero()[0].tolist()
+        rows = np.array(changed, np.int64)
+        for block in self._blocks:
+            block.note(rows)
+        self._drop_work()
 
-    def _read_pages(self, row: int) -> None:
-        pages = self._kv.page_table(self.ids[row])
-        if len(pages) > self._width:
-            self._table[: len(self.ids), self._width : len(pages)] = 0
-            self._width = len(pages)
+    def _move(self, changed: list[int], sources: list[int | None]) -> None:
+        """Rows that have only changed places."""
+        moves = [(row, source) for row, source in zip(changed, sources, strict=True) if source is not None]
+        if moves:
+            to, source = (list(rows) for rows in zip(*moves, strict=True))
+            for each in (self._context, self._slots, self._cells):
+                each[to] = each[source]
+            self._table[to, : self._width] = self._table[source, : self._width]
+
+    def _join(self, row: int) -> SequenceState:
+        """Read what there is to know of a request that the rows did not have."""
+        request_id = self.ids[row]
+        state, tokens = self._sequences[request_id], self._kv.page_tokens
+        pages = self._kv.page_table(request_id)
+        position = len(state.tokens) - 1 - (not self._moved)
+        self._context[row] = position + 1
+        self._slots[row] = int(pages[position // tokens]) * tokens + position % tokens
+        self._cells[row] = self._cell_of(request_id)
         self._table[row, : len(pages)] = pages
-        self._table[row, len(pages) : self._width] = 0
+        self._width = max(self._width, len(pages))
+        return state
 
 
 def pad(
