@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 import aiohttp
 import numpy as np
@@ -14,11 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem
 from drift_core.sampling_params import SamplingParams
+from drift_gateway import cli_operations, service_stats
 from drift_gateway import client as api
-from drift_gateway import service_stats
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
-from drift_gateway.metrics import METRICS
+from drift_gateway.metrics import METRICS, table
 from drift_gateway.server import Address
 from drift_gateway.service_stats import MAX_CLASSES, EndedOutput, ServiceStats
 from drift_scheduler.domain import SLO
@@ -260,3 +261,21 @@ def test_clients_see_the_classes() -> None:
         assert message.load.waiting_prefill_tokens == 0
 
     run_with_gateway(body)
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
+
+
+def test_the_page_for_operators_lists_the_metrics_there_are() -> None:
+    told = PAGE.read_text(encoding="utf-8").partition("<!-- metrics -->\n")[2]
+    assert told.partition("<!-- end of metrics -->")[0] == table(), (
+        "python -m drift_gateway.metrics writes it"
+    )
+
+
+def test_the_page_for_operators_knows_every_option_they_have() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name in (*cli_operations.OPTIONS, "http", "grace"):
+        assert f"`--{name.replace('_', '-')} " in page, name

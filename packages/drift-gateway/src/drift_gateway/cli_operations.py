@@ -13,7 +13,7 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_NAMES: Final = ("admin", "trace_dir", "hang_timeout", "lame_duck", "access_log", "spans")
+OPTIONS: Final = ("admin", "trace_dir", "hang_timeout", "lame_duck", "access_log", "spans")
 
 
 def operations_options(command: F) -> F:
@@ -21,7 +21,7 @@ def operations_options(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, operations=_read(**{name: kwargs.pop(name) for name in _NAMES}), **kwargs)
+        return command(*args, operations=_read(**{name: kwargs.pop(name) for name in OPTIONS}), **kwargs)
 
     wrapped: Any = run
     for option in (

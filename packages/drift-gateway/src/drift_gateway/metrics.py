@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from drift_gateway.service_stats import Buckets, Histograms
 from drift_gateway.supervisor import Supervisor
+from drift_gateway.tenants import Tenant
 from drift_scheduler.domain import FinishReason
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST
@@ -112,6 +113,14 @@ def _attained(place: int) -> Read:
     return read
 
 
+def _tenants(value: Callable[[Tenant], float]) -> Read:
+    def read(supervisor: Supervisor) -> Iterator[Sample]:
+        for tenant in supervisor.known_tenants():
+            yield (tenant.name,), value(tenant)
+
+    return read
+
+
 def _preemptions(supervisor: Supervisor) -> float | None:
     load = supervisor.timeline.load
     return None if load is None else load.preemptions
@@ -169,6 +178,16 @@ METRICS: Final = (
               _one(lambda s: s.stats.waiting_prefill_tokens)),
     Described("drift_outputs_in_flight", "gauge", (), "Outputs let in that have not ended.",
               _one(lambda s: s.served.client.in_flight if s.served else 0)),
+    Described("drift_tenant_requests_total", "counter", ("tenant",), "Requests of this tenant that were let in.",
+              _tenants(lambda t: t.usage.requests)),
+    Described("drift_tenant_rate_limited_total", "counter", ("tenant",), "Those refused for one of its limits.",
+              _tenants(lambda t: t.usage.refused)),
+    Described("drift_tenant_prompt_tokens_total", "counter", ("tenant",), "Prompt tokens of this tenant.",
+              _tenants(lambda t: t.usage.prompt_tokens)),
+    Described("drift_tenant_output_tokens_total", "counter", ("tenant",), "Tokens generated for this tenant.",
+              _tenants(lambda t: t.usage.output_tokens)),
+    Described("drift_tenant_outputs_in_flight", "gauge", ("tenant",), "Outputs of this tenant that have not ended.",
+              _tenants(lambda t: t.usage.in_flight)),
     Described("drift_engine_ready", "gauge", (), "1 when new requests are served, 0 otherwise.",
               _one(lambda s: s.healthy)),
     Described("drift_engine_restarts_total", "counter", (), "Times the engine was started again.",
@@ -238,3 +257,7 @@ def table() -> str:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
     return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -13,8 +13,8 @@ from drift_scheduler.hookspecs import hookimpl
 
 @hookimpl
 def drift_cli_commands() -> Mapping[str, Any]:
-    """`drift serve`, `drift demo`, `drift token`, and the commands that talk to a running server."""
-    from drift_gateway import cli, cli_clients, cli_security
+    """`drift serve`, `drift demo`, `drift token`, `drift admin`, and the commands that talk to a running server."""
+    from drift_gateway import cli, cli_admin, cli_clients, cli_security
 
     return {
         "serve": cli.serve,
@@ -22,4 +22,5 @@ def drift_cli_commands() -> Mapping[str, Any]:
         "load": cli_clients.load,
         "top": cli_clients.top,
         "token": cli_security.token,
+        "admin": cli_admin.admin,
     }

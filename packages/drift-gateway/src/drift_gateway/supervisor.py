@@ -15,7 +15,7 @@ import sys
 import time
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -152,6 +152,8 @@ class Supervisor:
         self.ahead = WorkloadAhead()
         self.splits = SplitsUsed()
         self.on_change: Callable[[], None] = lambda: None
+        self.known_tenants: Callable[[], Iterable[Tenant]] = tuple
+        """Those who may call, for the metrics; none where nobody need log in."""
         self._spawn = spawn
         self._on_starting = on_starting
         self._backoff = backoff
