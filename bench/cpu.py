@@ -64,7 +64,7 @@ from drift_scheduler.protocols import CostModel  # noqa: E402
 from drift_scheduler.scheduler import Limits, Scheduler  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
-POLICIES = ("gang", "chunked-prefill", "alternate", "prefill-first")
+POLICIES = ("drift", "gang", "chunked-prefill", "alternate", "prefill-first")
 MAX_RUNNING = 16
 PACED, SATURATED = 0.6, 1.5  # arrivals, as a share of what the whole device can do by the cost table
 SECONDS = {"demo": (6.0, 3.0), "0.5b": (14.0, 6.0)}  # of arrivals in a run, in full and quick

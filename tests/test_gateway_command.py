@@ -49,7 +49,7 @@ def test_the_defaults(asked: list[serving.ServeOptions]) -> None:
     assert (engine.model, engine.device, engine.dispatch, engine.partition) == (
         "demo",
         "auto",
-        "gang",
+        "drift",
         "tightest-decode",
     )
     assert (engine.slo_ttft, engine.slo_tbt, engine.kv_memory_bytes, engine.profile) == (

@@ -189,7 +189,7 @@ def replay_in_simulation(steps: list[LoggedStep], policy: str, pages: int) -> Ru
     )
 
 
-@pytest.mark.parametrize("policy", ["gang", "chunked-prefill", "alternate", "prefill-first"])
+@pytest.mark.parametrize("policy", ["drift", "gang", "chunked-prefill", "alternate", "prefill-first"])
 def test_a_simulated_runs_log_gives_the_same_gangs_on_both_executors(
     policy: str, pages: int, machine: CpuExecutor
 ) -> None:
@@ -210,7 +210,7 @@ def test_a_simulated_runs_log_gives_the_same_gangs_on_both_executors(
     assert real.ends() == again.ends() == recorded.ends()
 
 
-@pytest.mark.parametrize("policy", ["gang", "chunked-prefill"])
+@pytest.mark.parametrize("policy", ["drift", "gang", "chunked-prefill"])
 def test_a_cpu_runs_log_gives_the_same_gangs_in_simulation(
     policy: str, pages: int, machine: CpuExecutor
 ) -> None:

@@ -70,7 +70,7 @@ def test_requests_are_served_cancelled_and_refused_over_the_socket() -> None:
         async with engine(config(), starting, steps) as (client, process):
             ready = await asyncio.wait_for(client.ready(), PATIENCE_S)
             assert ready.pid == process.pid
-            assert (ready.max_context, ready.dispatch) == (256, "gang")
+            assert (ready.max_context, ready.dispatch) == (256, "drift")
             assert Path(ready.directory).name == "demo_model"
             submission = client.submit(
                 [

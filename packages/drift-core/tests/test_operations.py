@@ -88,7 +88,7 @@ def test_an_unknown_policy_changes_nothing_and_is_told_what_there_is() -> None:
         answer = await client.ask(lambda call: SetPolicy(call, "gang:no_such_option=1"))
         assert "no_such_option" in answer.error
         answer = await client.ask(SetPolicy)
-        assert (answer.error, answer.dispatch, answer.partition) == ("", "gang", "tightest-decode")
+        assert (answer.error, answer.dispatch, answer.partition) == ("", "drift", "tightest-decode")
 
     with_engine(body)
 

@@ -58,7 +58,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--stop", multiple=True, help="End at this text; may be given several times.")
 @click.option("--n", type=int, default=1, show_default=True, help="Outputs per prompt.")
 @click.option(
-    "--dispatch", default="gang", show_default=True, help="Dispatch policy (see `drift plugins list`)."
+    "--dispatch", default="drift", show_default=True, help="Dispatch policy (see `drift plugins list`)."
 )
 @click.option("--json", "json_path", default=None, metavar="PATH|-", help="Write the outputs as JSON.")
 def generate(

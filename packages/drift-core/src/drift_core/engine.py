@@ -60,7 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     model: str
     device: str = "auto"
     dtype: str = "auto"
-    dispatch: str = "gang"
+    dispatch: str = "drift"
     dispatch_options: dict[str, Any] = {}
     partition: str = "tightest-decode"
     partition_options: dict[str, Any] = {}

@@ -103,7 +103,7 @@ class LLM:
         model: str,
         device: str = "auto",
         dtype: str = "auto",
-        dispatch: str = "gang",
+        dispatch: str = "drift",
         *,
         progress: Progress = lambda phase, fraction: None,
         **options: Any,

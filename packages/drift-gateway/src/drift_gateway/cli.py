@@ -158,7 +158,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
 @click.option(
     "--dispatch",
     type=PolicySpec(),
-    default="gang",
+    default="drift",
     show_default=True,
     help="Dispatch policy: NAME[:option=value].",
 )
