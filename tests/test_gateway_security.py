@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from drift_gateway import auth, server
 from drift_gateway import client as api
 from drift_gateway.admin import AdminPort
 from drift_gateway.connection import Connection
+from drift_gateway.metrics import MetricsPage
 from drift_gateway.security import Security, SecurityOptions
 from drift_gateway.tenants import new_token, token_entry
 from drift_gateway.v1 import generation_pb2 as pb
@@ -360,6 +362,30 @@ def test_tokens_per_second_are_paid_when_they_are_known(keys: Keys) -> None:
         assert usage.refused == 1
 
     run_with_gateway(body, security=security, token=token)
+
+
+def test_metrics_know_tenants(keys: Keys) -> None:
+    token = keys.add("acme", max_in_flight=1)
+    keys.add("globex")
+
+    async def body(under: UnderTest) -> None:
+        await under.client.generate(token_ids=[1] * 4, max_tokens=6).complete()
+        await refused(under.client.generate(token_ids=[1], n=2).complete())
+        page = MetricsPage(under.supervisor)
+        expected = {
+            'drift_tenant_requests_total{tenant="acme"} 1.0',
+            'drift_tenant_rate_limited_total{tenant="acme"} 1.0',
+            'drift_tenant_prompt_tokens_total{tenant="acme"} 4.0',
+            'drift_tenant_output_tokens_total{tenant="acme"} 6.0',
+            'drift_tenant_outputs_in_flight{tenant="acme"} 0.0',
+            'drift_tenant_requests_total{tenant="globex"} 0.0',
+        }
+        while not expected <= set(page.text(time.monotonic()).decode().splitlines()):
+            await asyncio.sleep(
+                0.01
+            )  # the server ends the request a moment after the client has its last event
+
+    run_with_gateway(body, security=keys.security(), token=token)
 
 
 def test_outputs_in_flight(keys: Keys) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 import grpc
 
 from drift_gateway.auth import Authenticator
-from drift_gateway.tenants import Tenants
+from drift_gateway.tenants import Tenant, Tenants
 from drift_gateway.tls import ServerTls, TlsFiles
 from drift_scheduler.errors import DriftError
 
@@ -89,6 +89,10 @@ class Security:
     def interceptors(self) -> Sequence[grpc.aio.ServerInterceptor]:
         """For every grpc.aio.server of this process, on whatever port."""
         return () if self.authenticator is None else (self.authenticator,)
+
+    def known_tenants(self) -> tuple[Tenant, ...]:
+        """Those who may call, as the file or the certificates seen say now."""
+        return () if self.tenants is None else tuple(self.tenants.all.values())
 
     def add_port(self, server: grpc.aio.Server, address: str) -> int:
         """Have a server listen there, with TLS if there is any; the port taken. Raises RuntimeError."""

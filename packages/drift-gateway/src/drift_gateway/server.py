@@ -142,6 +142,7 @@ class Gateway:
         self._stopping = asyncio.Event()
         self._reports: set[asyncio.Task[None]] = set()
         supervisor.on_change = self._state_changed
+        supervisor.known_tenants = self.security.known_tenants
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=self.security.interceptors)
         limits = limits if limits is not None else GateLimits(max_in_flight)
