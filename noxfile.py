@@ -88,12 +88,9 @@ def serve(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["workshop"])
 def bench(session: nox.Session) -> None:
-    """Run one benchmark: `nox -s bench -- cpu` runs bench/cpu.py; without a name, list them."""
+    """Compare the policies on the default grid, or run one benchmark: `nox -s bench -- cpu` runs bench/cpu.py."""
     names = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if not path.stem.startswith("_"))
-    if not session.posargs:
-        session.log("benchmarks: %s; run one with `nox -s bench -- NAME [options]`", ", ".join(names))
-        return
-    name, *options = session.posargs
+    name, *options = session.posargs or ("grid",)
     if name not in names:
         session.error(f"no benchmark {name!r}; there are: {', '.join(names)}")
     _in_workshop(session, "python", f"bench/{name}.py", *options)

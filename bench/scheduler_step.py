@@ -32,6 +32,7 @@ from drift_scheduler.domain import Event
 from drift_scheduler.partition import TightestDecode
 from drift_scheduler.simulation.kv import CountingKv
 
+POLICIES = ("drift", "gang", "chunked-prefill")
 COUNTS = (16, 64, 128, 256, 512)
 
 
@@ -126,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args(arguments)
-    result = {name: measure(name, options.rounds, options.steps) for name in ("gang", "chunked-prefill")}
+    result = {name: measure(name, options.rounds, options.steps) for name in POLICIES}
     print(f"{'policy':<16}{'running':>9}{'median us':>12}{'p99 us':>10}")
     for name, by_count in result.items():
         for count, row in by_count.items():
