@@ -265,7 +265,7 @@ def nested(levels: int) -> Any:
 
 PRODUCT = [{"anyOf": [{"properties": {f"p{i}{j}": {"type": "string"}}} for j in range(6)]} for i in range(8)]
 CIRCLE = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-AMBIGUOUS = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(1500)}}
+AMBIGUOUS = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(600)}}
 
 HOSTILE: dict[str, tuple[Any, ...]] = {
     "no JSON": ("json_schema", "{", "not JSON"),

@@ -22,7 +22,7 @@ from drift_gateway.refusal import Reason, Refusal, invalid
 if TYPE_CHECKING:
     from drift_gateway.supervisor import Served
 
-COMPILE_SECONDS: Final = 2.0
+COMPILE_SECONDS: Final = 5.0
 """What a form may take to compile, from its turn, and what it may wait for its turn."""
 
 log = logging.getLogger("drift.gateway")
