@@ -43,6 +43,9 @@ class GateLimits:
         return max(min(16, self.max_in_flight), self.max_in_flight // 2)
 
 
+DEFAULT_LIMITS: Final = GateLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What the gate has to know of a request. `arrival` and `deadline` on the engine's clock.
@@ -160,11 +163,11 @@ class Gate:
     def _infeasible(self, asked: Asked, forecast: Forecast, now: float) -> tuple[str | None, float]:
         """Which target cannot be met, and by how many seconds of waiting."""
         slo, waited = asked.slo, now - asked.arrival
-        if forecast.ttft is not None and (ttft := waited + forecast.ttft * self._ahead.caution) > slo.ttft:
-            return (
-                f"the first token is expected after {ttft:.2f} s, the target is {slo.ttft:g} s",
-                ttft - slo.ttft,
-            )
+        if forecast.ttft is not None:
+            expected, perhaps = waited + forecast.ttft, waited + forecast.ttft * self._ahead.caution
+            if perhaps > slo.ttft:
+                problem = f"the first token is expected after {expected:.2f} s and may take {perhaps:.2f} s"
+                return f"{problem}, the target is {slo.ttft:g} s", perhaps - slo.ttft
         if forecast.gap is not None and forecast.gap > slo.tbt:
             gap, target = forecast.gap * 1e3, slo.tbt * 1e3
             return f"tokens are expected {gap:.1f} ms apart, the target is {target:g} ms", 1.0

@@ -73,6 +73,7 @@ class Generations:
         record.request_id, record.demoted = admitted.request_id, admitted.demoted
         submission = supervisor.submit(served, admitted.frames())
         supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
+        supervisor.splits.watch(admitted.output_ids)
         timer = _end_at(call.deadline, submission)
         try:
             async with aclosing(_events(served, admitted, submission, supervisor.splits)) as events:

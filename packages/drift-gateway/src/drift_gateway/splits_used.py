@@ -16,13 +16,17 @@ Split = tuple[int, int]
 
 
 class SplitsUsed:
-    """Told of every frame; asked when an output has ended."""
+    """Told of every frame; asked when an output has ended. `watch` first, `forget` last, however late the engine is."""
 
     def __init__(self) -> None:
         self._steps: Counter[Split] = Counter()
-        self._since: dict[str, Counter[Split]] = {}
+        self._since: dict[str, Counter[Split] | None] = {}  # `None` before its first token
         self._used: dict[str, Split] = {}
         self._partition: Split | None = None
+
+    def watch(self, output_ids: Iterable[str]) -> None:
+        """These are on their way to the engine."""
+        self._since.update(dict.fromkeys(output_ids))
 
     def step(self, frame: StepFrame) -> None:
         """Take in one frame: its tokens were made under the split that was in force before it."""
@@ -31,7 +35,8 @@ class SplitsUsed:
         for item in frame.tokens:
             if item.first:
                 for output_id in item.ids:
-                    self._since[output_id] = self._steps.copy()
+                    if output_id in self._since:
+                        self._since[output_id] = self._steps.copy()
         for finished in frame.finished:
             since = self._since.pop(finished.id, None)
             if since is not None and finished.output_tokens > 1 and (used := self._steps - since):

@@ -30,9 +30,10 @@ MEMORY_STEPS: Final = 500.0
 STEPS_TO_TRUST: Final = 50
 EXTRAPOLATION: Final = 1.25
 """How far beyond the largest batch seen the length of a decode step is believed."""
-CAUTION_STEP: Final = 0.02
-CAUTION_QUANTILE: Final = 0.97
-MAX_CAUTION: Final = 3.0
+FIRST_CAUTION: Final = 2.0
+CAUTION_STEP: Final = 0.05
+CAUTION_QUANTILE: Final = 0.98
+MAX_CAUTION: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class _Rates:
     output: _Decayed = field(default_factory=_Decayed)  # tokens over outputs
     cached: _Decayed = field(default_factory=_Decayed)  # prompt tokens found in the cache over all of them
     steps: Line = field(default_factory=lambda: Line(MEMORY_STEPS))  # seconds by batch
-    caution: float = 1.0
+    caution: float = FIRST_CAUTION
 
 
 class WorkloadAhead:
