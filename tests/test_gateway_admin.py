@@ -11,15 +11,18 @@ from typing import Any
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from gateway_under_test import UnderTest, run_with_gateway
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from drift_core.frames import FlushPrefixes, SetPolicy, StartTrace
+from drift_gateway import cli, cli_admin, serving
 from drift_gateway import client as api
 from drift_gateway.admin import ADMIN, AdminPort
 from drift_gateway.refusal import DETAILS_KEY, Reason
-from drift_gateway.server import Address
+from drift_gateway.server import GENERATION, INFO, Address
 from drift_gateway.v1 import admin_pb2 as pb
 from drift_gateway.v1 import admin_pb2_grpc, info_pb2
 from drift_scheduler.errors import DriftError
@@ -59,6 +62,14 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str, str]:
     return raised.value.code(), info.reason, raised.value.details() or ""
 
 
+async def health_of(under: UnderTest, service: str) -> int:
+    async with grpc.aio.insecure_channel(under.target) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+        status: int = answer.status
+        return status
+
+
 def test_the_public_port_knows_nothing_of_administration() -> None:
     async def body(under: UnderTest) -> None:
         async with grpc.aio.insecure_channel(under.target) as channel:
@@ -96,6 +107,8 @@ def test_draining_refuses_what_is_new_and_lets_the_rest_end() -> None:
         assert answer.in_flight == 1
         info = await under.client.server_info()
         assert info.readiness == info_pb2.READINESS_DRAINING
+        assert await health_of(under, GENERATION) == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert await health_of(under, INFO) == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(api.Unavailable, match="an operator drains it"):
             await under.client.generate(token_ids=[1]).complete()
         draining = asyncio.ensure_future(admin.Drain(pb.DrainRequest()))
@@ -104,6 +117,7 @@ def test_draining_refuses_what_is_new_and_lets_the_rest_end() -> None:
         assert (await running).finish_reason == "length"
         assert (await draining).in_flight == 0
         assert (await admin.Resume(pb.ResumeRequest())).readiness == info_pb2.READINESS_READY
+        assert await health_of(under, GENERATION) == health_pb2.HealthCheckResponse.SERVING
         under.engine.step(5)
         await under.client.generate(token_ids=[1], max_tokens=2).complete()
         code, reason, message = await refused(admin.Drain(pb.DrainRequest(timeout_ms=3_600_001)))
@@ -213,3 +227,68 @@ def test_calls_that_need_an_engine_are_unavailable_without_one() -> None:
         assert code is grpc.StatusCode.UNAVAILABLE
 
     with_admin(body)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def test_drift_admin_makes_each_call(tmp_path: Path) -> None:
+    async def body(under: UnderTest) -> None:
+        port = AdminPort(under.supervisor, under.gateway.security, tmp_path)
+        await port.open(Address("127.0.0.1", 0))
+
+        async def drift_admin(line: str) -> tuple[int, str]:
+            arguments = [*line.split(), "--target", f"127.0.0.1:{port.port}"]
+            result = await asyncio.to_thread(CliRunner().invoke, cli_admin.admin, arguments)
+            return result.exit_code, result.output
+
+        for line, said in (
+            ("policy", "dispatch gang, partition tightest-decode"),
+            ("policy --dispatch drift", "dispatch drift, partition tightest-decode"),
+            ("flush", "forgot 3 pages"),
+            ("drain --timeout 1", "0 outputs left in flight"),
+            ("resume", "taking requests"),
+            ("abort a b", "ended 0 requests; not in flight: a, b"),
+            ("abort --all", "ended 0 requests"),
+            ("trace start --name t.jsonl", f"writing {tmp_path}/t.jsonl"),
+            ("trace stop", f"wrote {tmp_path}/t.jsonl: 7 steps"),
+        ):
+            assert await drift_admin(line) == (0, said + "\n"), line
+        for line, problem in (
+            ("policy --dispatch edf", "dispatch: no dispatch policy 'edf'; installed: gang"),
+            ("trace stop", "no decision log is being written"),
+            ("abort", "name the requests to end, or give --all"),
+        ):
+            status, output = await drift_admin(line)
+            assert (status, output.count("\n")) == (2, 1), line
+            assert problem in output
+        await port.close()
+
+    run_with_gateway(body)
+
+
+def test_the_options_for_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[serving.ServeOptions] = []
+    monkeypatch.setattr(serving, "serve", lambda options, console: asked.append(options) or 0)
+
+    def serve(line: str) -> tuple[int, str]:
+        result = CliRunner().invoke(cli.serve, line.split())
+        return result.exit_code, result.output
+
+    assert serve("") == (0, "")
+    assert asked[0].operations == serving.OperationsOptions()
+    assert (asked[0].http, asked[0].operations.admin) == (None, None), "off unless asked for"
+    line = f"--http 127.0.0.1:1 --admin [::1]:2 --trace-dir {tmp_path} --hang-timeout 3 --lame-duck 4"
+    assert serve(f"{line} --access-log - --spans console") == (0, "")
+    assert asked[1].http == Address("127.0.0.1", 1)
+    assert asked[1].operations == serving.OperationsOptions(
+        Address("::1", 2), tmp_path.resolve(), 3.0, 4.0, "-", "console"
+    )
+    for line, problem in (
+        ("--admin nowhere", "is no address to listen on"),
+        (f"--trace-dir {tmp_path}/none", "is no folder"),
+        ("--hang-timeout 0", "--hang-timeout"),
+        ("--spans jaeger", "--spans"),
+    ):
+        status, output = serve(line)
+        assert (status, problem in output) == (2, True), line

@@ -11,9 +11,15 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from drift_scheduler.errors import DriftError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS: Final = ("admin", "trace_dir", "hang_timeout", "lame_duck", "access_log", "spans")
+
+
+class _Refused(click.ClickException):
+    exit_code = 2
 
 
 def operations_options(command: F) -> F:
@@ -21,7 +27,12 @@ def operations_options(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        return command(*args, operations=_read(**{name: kwargs.pop(name) for name in OPTIONS}), **kwargs)
+        given = {name: kwargs.pop(name) for name in OPTIONS}
+        try:
+            operations = _read(**given)
+        except DriftError as error:
+            raise _Refused(str(error)) from error
+        return command(*args, operations=operations, **kwargs)
 
     wrapped: Any = run
     for option in (
