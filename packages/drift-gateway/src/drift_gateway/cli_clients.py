@@ -94,3 +94,34 @@ def top(connection: Connection, once: bool, lines: bool, interval: float) -> int
     from drift_gateway.top import run
 
     return run(connection, Console(highlight=False), once=once, lines=lines, interval=interval)
+
+
+@click.command()
+@connection_options(default=DEFAULT_TARGET)
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option("--slo-ttft", type=float, help="Target for the first token, seconds.  [default: the server's]")
+@click.option("--slo-tbt", type=float, help="Target between tokens, seconds.  [default: the server's]")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Most tokens of an answer."
+)
+@click.option("--temperature", type=click.FloatRange(0, 100), help="0 always takes the likeliest token.")
+@click.option("--seed", type=int, help="Makes answers reproducible.")
+@_exits
+def chat(
+    connection: Connection, slo_ttft: float | None, slo_tbt: float | None, system: str | None, **settings: Any
+) -> int:
+    """Talk to a served model; every answer shows how fast it came against its targets.
+
+    Where input is a pipe, each line is a turn, and only the answers go to standard output.
+    """
+    _quiet_grpc()
+    import sys
+
+    from rich.console import Console
+
+    from drift_gateway.chat import ChatOptions, run
+    from drift_gateway.client import SLO
+
+    options = ChatOptions(connection, system, SLO(slo_ttft, slo_tbt), **settings)
+    piped = not (sys.stdin.isatty() and sys.stdout.isatty())
+    return run(options, Console(), Console(stderr=piped))

@@ -19,6 +19,7 @@ def drift_cli_commands() -> Mapping[str, Any]:
     return {
         "serve": cli.serve,
         "demo": cli.demo,
+        "chat": cli_clients.chat,
         "load": cli_clients.load,
         "top": cli_clients.top,
         "token": cli_security.token,
