@@ -7,10 +7,10 @@ parts, transformers; paths are set here, and where msgspec is missing a stand-in
 (`gpu_parts/plain_structs.py`).
 
 Parts run one after another, each in a process of its own with a time limit, so that one that fails, hangs or
-runs out of memory stops no other. One that does not fit the time left is skipped and says so. `gpu.json` is
-written after every part, `gpu.log` holds what the parts printed, and the table at the end says what held and
-what did not. With `--out` of an earlier run the profile goes on where it was. Without a device every part is
-skipped, with exit code 0.
+runs out of memory stops no other; what it had found until then is kept. One that does not fit the time left
+is skipped and says so. `gpu.json` is written after every part, `gpu.log` holds what the parts printed, and the
+table at the end says what held and what did not. With `--out` of an earlier run the profile goes on where it
+was. Without a device every part is skipped, with exit code 0.
 
 On a machine that is lent by the command (at most ten minutes each): first `--quick --minutes 9`, then
 `--parts profiling,goodput --minutes 9.5`. What each part measures is in docs/gpu.md.
@@ -54,8 +54,9 @@ def run_part(name: str, result: Path, options: argparse.Namespace, seconds: floa
     from gpu_parts import plain_structs
 
     plain_structs.install()
-    from gpu_parts.findings import Options, Skipped
+    from gpu_parts.findings import Options, Skipped, keep_in, write
 
+    keep_in(result)
     given = Options(
         quick=options.quick, deadline=time.monotonic() + seconds, folder=options.out, root=ROOT,
         model=options.model, cells=tuple(filter(None, options.cells.split(","))),
@@ -67,11 +68,9 @@ def run_part(name: str, result: Path, options: argparse.Namespace, seconds: floa
         entry = {"status": "skipped", "reason": str(why)}
     except Exception as error:
         traceback.print_exc()
-        entry = {
-            "status": "failed",
-            "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
-        }
-    result.write_text(json.dumps(entry, default=str))
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        entry = _so_far(result) | {"status": "failed", "reason": failure}
+    write(result, entry)
 
 
 # ----------------------------------------------------------------------------------------------- all of them
@@ -90,8 +89,10 @@ def attempt(name: str, options: argparse.Namespace, left: float, log: Path) -> d
     result = options.out / f"{name}.part.json"
     result.unlink(missing_ok=True)
     command = [
-        sys.executable, str(HERE / "gpu.py"), "--part", name, "--out", str(options.out), "--result", str(result),
-        "--seconds", str(limit - START_SECONDS - GRACE_SECONDS), "--model", options.model, "--cells", options.cells,
+        sys.executable, "-u", "-X", "faulthandler", str(HERE / "gpu.py"),
+        "--part", name, "--out", str(options.out), "--result", str(result),
+        "--seconds", str(limit - START_SECONDS - GRACE_SECONDS),
+        "--model", options.model, "--cells", options.cells,
         *(["--quick"] if options.quick else []),
     ]  # fmt: skip
     begun = time.monotonic()
@@ -103,14 +104,20 @@ def attempt(name: str, options: argparse.Namespace, left: float, log: Path) -> d
             ended = f"it ended with exit code {code} and left no result"
         except subprocess.TimeoutExpired:
             ended = f"it ran past its {limit:.0f} s"
-    entry: dict[str, Any] = {"status": "failed", "reason": ended}
-    if result.is_file():
-        try:
-            entry = json.loads(result.read_text())
-        except ValueError:
-            entry = {"status": "failed", "reason": "its result is cut short"}
-        result.unlink()
+    entry = _so_far(result) or {"status": "failed"}
+    if entry["status"] in ("failed", "cut short") and "reason" not in entry:
+        entry["reason"] = ended
+    result.unlink(missing_ok=True)
     return entry | {"seconds": round(time.monotonic() - begun, 1)}
+
+
+def _so_far(result: Path) -> dict[str, Any]:
+    """What a part has written, nothing if it has not."""
+    try:
+        found: dict[str, Any] = json.loads(result.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 ESTIMATE_OF_A_CELL = 120.0

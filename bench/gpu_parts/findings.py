@@ -1,8 +1,15 @@
-"""What a part found: numbers, and checks against the bounds that are aimed for. Plain data, written as JSON."""
+"""What a part found: numbers, and checks against the bounds that are aimed for. Plain data, written as JSON.
+
+After every measurement what there is so far goes to the file named by `keep_in`, so that a part that is killed
+loses the measurement under way and nothing else.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +39,21 @@ class Check:
         return f"{'ok  ' if self.met else 'MISS'} {self.name}: {self.value:.4g}{self.unit} ({sign} {self.bound:g})"
 
 
+_kept: list[Path] = []  # where findings go as they come
+
+
+def keep_in(path: Path) -> None:
+    """From now on every finding is written there at once, marked as cut short; the end of the part replaces it."""
+    _kept[:] = [path]
+
+
+def write(path: Path, entry: dict[str, Any]) -> None:
+    """JSON, whole or not at all."""
+    made = path.with_suffix(".tmp")
+    made.write_text(json.dumps(entry, default=str))
+    os.replace(made, path)
+
+
 @dataclass
 class Findings:
     """Numbers by name, checks, and lines for people."""
@@ -42,9 +64,11 @@ class Findings:
 
     def at_least(self, name: str, value: float, bound: float, unit: str = "") -> None:
         self.checks.append(Check(name, value, bound, True, unit))
+        self.keep()
 
     def at_most(self, name: str, value: float, bound: float, unit: str = "") -> None:
         self.checks.append(Check(name, value, bound, False, unit))
+        self.keep()
 
     def attempt(self, name: str, measure: Callable[[], object]) -> None:
         """Run one measurement of several; a failure is noted as its result."""
@@ -55,6 +79,12 @@ class Findings:
             self.data[name] = {"failed": text}
             self.lines.append(f"FAILED {name}: {text}")
             self.at_least(f"{name} ran", 0, 1)
+        self.keep()
+
+    def keep(self) -> None:
+        """Write what there is so far, where `keep_in` said."""
+        for path in _kept:
+            write(path, {"status": "cut short"} | self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         checks = [asdict(check) | {"met": check.met} for check in self.checks]
@@ -71,6 +101,11 @@ class Options:
     root: Path
     model: str = "llama-3.1-8b"
     cells: tuple[str, ...] = ()
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is up; what was not measured by then is left out."""
+        return time.monotonic() > self.deadline
 
 
 def need_cuda() -> Any:

@@ -10,6 +10,7 @@ chooses.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from gpu_parts.findings import Findings, Options, need_cuda
@@ -42,7 +43,13 @@ def run(options: Options) -> Findings:
         if left < 0.7 * longest:
             found.lines.append(f"skipped {cell}: {left:.0f} s are left, it may take {longest:.0f}")
             continue
-        found.attempt(cell, lambda c=cell: one_cell(executor, table, c, options, config.vocab_size))
+        found.data[cell] = results = {"policies": {}}
+        try:
+            one_cell(executor, table, cell, options, config.vocab_size, results, found.keep)
+        except Exception as error:  # the policies before it have their rates
+            results["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            found.lines.append(f"FAILED {cell}: {results['failed']}")
+            found.at_least(f"{cell} ran", 0, 1)
         judge(found, cell)
     found.data["host us"] = {
         name: sorted(times)[len(times) // 2] * 1e6 for name, times in executor.times.spent.items() if times
@@ -60,8 +67,16 @@ def cost_table(executor: Any, options: Options) -> Any:
     return executor.profile(grid, options.model, lambda done: None, options.folder / JOURNAL)
 
 
-def one_cell(executor: Any, table: Any, cell: str, options: Options, vocab: int) -> dict[str, Any]:
-    """Every policy's goodput for one workload and target."""
+def one_cell(
+    executor: Any,
+    table: Any,
+    cell: str,
+    options: Options,
+    vocab: int,
+    results: dict[str, Any],
+    keep: Callable[[], None] = lambda: None,
+) -> None:
+    """Every policy's goodput for one workload and target, into `results` as it is found."""
     from drift_scheduler.cost.fitted import FittedCost
     from drift_scheduler.dispatch import FACTORIES
     from gpu_parts.serving import requests_of, search, trial
@@ -72,7 +87,7 @@ def one_cell(executor: Any, table: Any, cell: str, options: Options, vocab: int)
     choices = [(name, {}) for name in POLICIES if name != "chunked-prefill"]
     budgets = tuned_budgets(FittedCost(table), executor.device.total_units, workload, tbt)
     choices = [("chunked-prefill", {"token_budget": budget}) for budget in budgets] + choices
-    results: dict[str, Any] = {"first_rate": first, "policies": {}}
+    results["first_rate"] = first
 
     def one(name: str, given: dict[str, int], rate: float) -> Any:
         requests = requests_of(
@@ -97,7 +112,7 @@ def one_cell(executor: Any, table: Any, cell: str, options: Options, vocab: int)
                 "trials": [t.summary() for t in trials],
             }
         first = rate or first
-    return results
+        keep()
 
 
 def judge(found: Findings, cell: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from typing import Any
@@ -18,6 +19,7 @@ def run(options: Options) -> Findings:
     count = 48 if options.quick else 96
     requests = _requests(count)
     found.attempt("drift", lambda: ours(torch, options.model, requests))
+    gc.collect()  # an executor and what serves it know each other
     torch.cuda.empty_cache()
     found.attempt("transformers", lambda: theirs(torch, options.model, requests))
     rates = [found.data[name].get("output_tokens_per_s") for name in ("drift", "transformers")]

@@ -34,6 +34,7 @@ def run(options: Options) -> Findings:
     executor.warm_up()
     found.data["start-up, s"] = time.monotonic() - begun
     found.data["graphs"] = len(executor.decode.graphs)
+    found.keep()
     grid = executor.plan_grid(max_running=128, full=not options.quick)
     table = executor.profile(grid, options.model, lambda done: None, options.folder / JOURNAL)
     write_table(table, options.folder / TABLE)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "bench"))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu
 from cuda_world import UNITS, stub_executor
 from gpu_parts import engine, findings, goodput, peer, plain_structs, serving
 
@@ -66,8 +69,6 @@ def test_a_part_that_does_not_fit_is_skipped(tmp_path: Path) -> None:
 def test_a_part_that_breaks_or_dies_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 
-    import gpu
-
     class Done:
         returncode, stdout = -9, ""
 
@@ -79,6 +80,31 @@ def test_a_part_that_breaks_or_dies_stops_no_other(tmp_path: Path, monkeypatch: 
     assert [part["status"] for part in report["parts"].values()] == ["failed", "failed"]
     assert "exit code -9" in report["parts"]["speed"]["reason"]
     assert any("failed" in line for line in gpu.table(report))
+
+
+def test_what_a_killed_part_had_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = tmp_path / "speed.part.json"
+    monkeypatch.setattr(findings, "_kept", [])
+    findings.keep_in(result)
+    found = findings.Findings()
+    found.attempt("copy", lambda: 4.3)
+    found.at_least("copy", 4.3, 4.0)
+    assert gpu._so_far(result)["data"] == {"copy": 4.3}
+
+    def killed(command: list[str], **_: Any) -> None:
+        result.write_text(json.dumps({"status": "cut short"} | found.as_dict()))
+        raise subprocess.TimeoutExpired(command, 1.0)
+
+    monkeypatch.setattr(gpu.subprocess, "run", killed)
+    options = SimpleNamespace(quick=True, out=tmp_path, model="llama-3.1-8b", cells="")
+    entry = gpu.attempt("speed", options, 1e4, tmp_path / "gpu.log")
+    assert entry["status"] == "cut short"
+    assert "it ran past its" in entry["reason"]
+    assert entry["data"] == {"copy": 4.3}
+    assert entry["checks"][0]["met"]
+    assert not list(tmp_path.glob("*.part.json"))
+    report = {"config": {"commit": "x"}, "parts": {"speed": entry}}
+    assert any("ok   copy: 4.3 (>= 4)" in line for line in gpu.table(report))
 
 
 def test_an_unknown_part_is_named() -> None:
@@ -255,7 +281,14 @@ def test_a_cell_of_goodput_tries_every_policy(small_workload: str, tmp_path: Pat
     executor.warm_up()
     options = findings.Options(True, 1e18, tmp_path, ROOT)
     found = findings.Findings()
-    found.data["small:50"] = goodput.one_cell(executor, table, f"{small_workload}:50", options, 61)
+    results = found.data["small:50"] = {"policies": {}}
+    kept: list[int] = []
+    goodput.one_cell(
+        executor, table, f"{small_workload}:50", options, 61, results,
+        lambda: kept.append(len(results["policies"])),
+    )  # fmt: skip
+    assert kept[0] == 1
+    assert kept[-1] == 4
     goodput.judge(found, "small:50")
     policies = found.data["small:50"]["policies"]
     assert set(policies) == {"chunked-prefill", "drift", "gang", "streams"}
