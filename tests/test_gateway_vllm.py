@@ -252,6 +252,20 @@ def test_what_smg_asks_before_it_routes(tmp_path: Path) -> None:
     run(body, ready=ready)
 
 
+def test_smg_is_told_to_ask_again_while_nothing_is_served() -> None:
+    """It takes any answer for a server that knows its model."""
+
+    async def body(under: UnderTest, smg: Smg) -> None:
+        under.supervisor.stop_accepting()
+        health = smg.stub.HealthCheck(vllm.HealthCheckRequest())
+        model = smg.stub.GetModelInfo(vllm.GetModelInfoRequest())
+        for call in (health, model):
+            with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+                await call
+
+    run(body)
+
+
 def test_the_tokenizer_can_be_fetched_and_nothing_else(tmp_path: Path) -> None:
     ready = ready_in(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"weights" * 100_000)

@@ -157,6 +157,7 @@ def smg(python: str | None, target: str, port: int, log: Path) -> Iterator[None]
         "--host",
         "127.0.0.1",
     ]
+    command += ["--prometheus-host", "127.0.0.1"]  # it listens on every address otherwise
     for flag in ("--port", "--prometheus-port", "--health-check-port"):
         command += [flag, str(port if flag == "--port" else free_port())]
     with running("smg", command, log) as process:

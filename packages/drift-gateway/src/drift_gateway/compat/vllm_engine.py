@@ -92,9 +92,13 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         return vllm.AbortResponse()
 
     async def HealthCheck(self, request: vllm.HealthCheckRequest, context: Any) -> vllm.HealthCheckResponse:
-        """Whether requests would be served now."""
-        state = self._supervisor.state
-        return vllm.HealthCheckResponse(healthy=state is State.READY, message=state.name.lower())
+        """That requests would be served now; UNAVAILABLE otherwise.
+
+        smg takes any answer as a sign that the model can be asked about, and asks once.
+        """
+        async with refusals_as_statuses(context):
+            self._supervisor.serving()
+        return vllm.HealthCheckResponse(healthy=True, message="ready")
 
     async def GetModelInfo(
         self, request: vllm.GetModelInfoRequest, context: Any
