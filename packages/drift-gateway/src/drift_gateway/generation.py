@@ -90,10 +90,9 @@ class Generations:
     async def _admit(
         self, request: pb.GenerateRequest, served: Served, call: Call
     ) -> tuple[Admitted, Verdict]:
-        """Check, judge and tokenise. Raises Refusal; judges before tokenising too, as that may take long."""
+        """Check, judge, tokenise, judge again: what can be refused before its prompt is looked at is. Raises Refusal."""
         checked = check(request, served.ready)
-        if request.WhichOneof("input") != "token_ids":
-            self._gate.judge(checked.asked(call), served.client.in_flight, time.monotonic())
+        self._gate.judge(checked.asked(call), served.client.in_flight, time.monotonic())
         checked, prompt = await tokenized(request, checked, served)
         now = time.monotonic()
         verdict = self._gate.judge(checked.asked(call, prompt), served.client.in_flight, now)
