@@ -264,6 +264,9 @@ class StartUpDisplay:
             soft_wrap=True,
             markup=False,
         )
+        if security == NO_SECURITY:
+            talk = "chat" if served.tokenizer is not None else "top"
+            console.print(f"  drift {talk} --target {address}", highlight=False, markup=False)
 
 
 def client_line(address: Address, text: bool = True, security: SecurityOptions = NO_SECURITY) -> str:
