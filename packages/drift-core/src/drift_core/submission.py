@@ -18,8 +18,8 @@ from typing import Any, Final, Protocol
 from drift_core.frames import AcceptedItem, FinishedItem, TokenLogprob
 from drift_scheduler.errors import DriftError
 
-TURNS_AT_ONCE: Final = 48
-"""Readers let go in one pass of the event loop: about two milliseconds of work."""
+TURNS_AT_ONCE: Final = 12
+"""Readers let go in one pass of the event loop, half a millisecond of work: gRPC takes at most one new call per pass."""
 
 SHARE_OF_TBT: Final = 0.25
 """Of a request's TBT target, what its tokens may wait for others' before they are the more urgent ones."""
