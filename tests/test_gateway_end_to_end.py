@@ -85,6 +85,47 @@ def test_concurrent_requests_of_all_kinds_are_served_and_leave_nothing_behind(ta
     run(target, body)
 
 
+async def accepted_and_end(generation: api.AsyncGeneration) -> tuple[api.Accepted, api.Finished]:
+    events = [event async for event in generation]
+    assert isinstance(events[0], api.Accepted)
+    assert isinstance(events[-1], api.Finished)
+    return events[0], events[-1]
+
+
+def test_accepted_knows_the_cache_and_salts_keep_it_apart(target: str) -> None:
+    async def body(client: api.AsyncDriftClient) -> None:
+        prompt = "Salted: " + PROSE * 10
+        for salt, expected in (("a", False), ("a", True), ("b", False), (None, False), (None, True)):
+            accepted, end = await accepted_and_end(client.generate(prompt, max_tokens=4, cache_salt=salt))
+            assert accepted.cached_tokens == end.usage.cached_tokens
+            assert (end.usage.cached_tokens > 0.8 * end.usage.prompt_tokens) == expected
+
+    run(target, body)
+
+
+def test_the_proof_has_the_prediction_and_the_split(target: str) -> None:
+    async def body(client: api.AsyncDriftClient) -> None:
+        generation = client.generate(PROSE, max_tokens=12, ignore_eos=True)
+        accepted, end = await accepted_and_end(generation)
+        assert accepted.predicted_ttft is not None, "the cost model knows from the start"
+        assert end.timing.predicted_ttft == accepted.predicted_ttft > 0
+        units = (await client.server_info()).device.units
+        assert end.timing.prefill_units == 0, "decode had the device to itself"
+        assert end.timing.decode_units == units
+
+    run(target, body)
+
+
+def test_a_demoted_request_is_served(target: str) -> None:
+    async def body(client: api.AsyncDriftClient) -> None:
+        slo = api.SLO(ttft=1e-5, on_infeasible="demote")
+        accepted, end = await accepted_and_end(client.generate(PROSE, max_tokens=5, ignore_eos=True, slo=slo))
+        assert accepted.demoted
+        assert (end.reason, end.usage.output_tokens, end.timing.slo.ttft) == ("length", 5, None)
+
+    run(target, body)
+
+
 def test_a_dropped_stream_frees_its_pages(target: str) -> None:
     async def body(client: api.AsyncDriftClient) -> None:
         pages = (await client.server_info()).kv_pool.total_pages

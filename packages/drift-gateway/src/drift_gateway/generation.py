@@ -90,7 +90,7 @@ class Generations:
     async def _admit(
         self, request: pb.GenerateRequest, served: Served, call: Call
     ) -> tuple[Admitted, Verdict]:
-        """Check, judge, tokenise, judge again: what can be refused before its prompt is looked at is. Raises Refusal."""
+        """Check, judge, tokenise, judge again: what can be refused before tokenising is. Raises Refusal."""
         checked = check(request, served.ready)
         self._gate.judge(checked.asked(call), served.client.in_flight, time.monotonic())
         checked, prompt = await tokenized(request, checked, served)
