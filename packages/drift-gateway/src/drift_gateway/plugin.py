@@ -16,6 +16,7 @@ def drift_cli_commands() -> Mapping[str, Any]:
     """`drift serve`, `drift demo`, `drift token`, `drift admin`, and the commands that talk to a running server."""
     from drift_gateway import cli, cli_admin, cli_clients, cli_security
 
+    cli._quiet_grpc()  # here, because what reads the options of a command may load grpc before the command runs
     return {
         "serve": cli.serve,
         "demo": cli.demo,
