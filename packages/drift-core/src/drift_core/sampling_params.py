@@ -168,6 +168,8 @@ class SamplingParams(
 
     def child(self, index: int) -> SamplingParams:
         """Parameters of output `index` of `n`: one output of its own seed. Output 0 is what `n=1` would give."""
+        if self.n == 1 and not index:
+            return self
         seed = self.seed if self.seed is None or not index else (self.seed + index) % (1 << 64)
         return msgspec.structs.replace(self, n=1, seed=seed)
 

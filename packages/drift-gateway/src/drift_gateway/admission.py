@@ -67,7 +67,9 @@ class Admitted:
 
     def frames(self) -> list[Submit]:
         """One per output: `n` requests of one output each that share the prompt."""
-        unstopped = msgspec.structs.replace(self.sampling, stop=None)
+        unstopped = (
+            self.sampling if self.sampling.stop is None else msgspec.structs.replace(self.sampling, stop=None)
+        )
         return [
             Submit(
                 id=output_id,
