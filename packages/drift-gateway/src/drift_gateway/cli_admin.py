@@ -54,7 +54,7 @@ def _call(connection: Connection, method: str, request: Any) -> Any:
     from drift_gateway.v1 import admin_pb2_grpc
 
     with connection.open(()) as channel:
-        stub = admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = admin_pb2_grpc.AdminServiceStub(channel)
         try:
             return getattr(stub, method)(request)
         except grpc.RpcError as error:

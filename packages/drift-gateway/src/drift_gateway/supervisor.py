@@ -288,6 +288,8 @@ class Supervisor:
 
         How each of its outputs ended, or how far it came.
         """
+        if self._client is not None and self._client.gone.done():
+            self._note_crash(self._client.gone)  # this reader may be told before the future's callbacks are
         submission.cancel()
         ends = []
         self._submissions.pop(request_id_of(submission.requests[0].id), None)
@@ -393,7 +395,7 @@ class Supervisor:
             self._on_starting(frame)
 
     def _note_crash(self, gone: asyncio.Future[str]) -> None:
-        """Runs before the readers learn of it, so that what was inside is still known."""
+        """Blame what was inside, while that is still known: before the first reader is done with it."""
         if self.engine_state is State.READY:
             self._quarantine.blame(list(self._fingerprints.values()))
             self._fingerprints.clear()
