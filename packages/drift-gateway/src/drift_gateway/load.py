@@ -321,6 +321,12 @@ class LoadRun:
         """What the reader of the report should know about this run."""
         account = self._account
         found = ["latencies count from the moment each request was meant to be sent"]
+        if account.server_tbt.count:
+            ttft, tbt = account.server_ttft.quantile(0.99), account.server_tbt.quantile(0.99)
+            found.append(
+                "on the server's own clock, before network and client: TTFT p99 "
+                f"{ttft or 0.0:.4f} s, TBT p50 {account.server_tbt.quantile(0.5):.4f} s, p99 {tbt:.4f} s"
+            )
         if account.cut:
             found.append(
                 f"{account.cut} of {account.metrics.offered} requests were shortened to the {self._room} tokens "
