@@ -8,8 +8,10 @@ sockets.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
@@ -103,20 +105,31 @@ class Buckets:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
-        self.counts = np.zeros(len(self.bounds) + 1, dtype=np.int64)
         self.total = 0.0
+        self._counts = [0] * (len(self.bounds) + 1)
         self._edges = np.array(self.bounds)
+        self._many = 0
+        self._below = np.zeros(len(self.bounds), dtype=np.int64)
 
-    def add(self, values: Floats | Sequence[float]) -> None:
-        """Count these values."""
-        places = np.searchsorted(self._edges, values, side="left")
-        self.counts += np.bincount(places, minlength=len(self.counts))
-        self.total += float(np.sum(values))
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def add_sorted(self, values: Floats) -> None:
+        """Count all of these, in order of size."""
+        self._below += np.searchsorted(values, self._edges, side="right")
+        self._many += len(values)
+        self.total += float(values.sum())
 
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, values at or below it), as Prometheus has it."""
         names = [*(repr(bound) for bound in self.bounds), "+Inf"]
-        return [(name, float(count)) for name, count in zip(names, np.cumsum(self.counts), strict=True)]
+        many = [*self._below.tolist(), self._many]
+        return [
+            (name, float(count + more))
+            for name, count, more in zip(names, accumulate(self._counts), many, strict=True)
+        ]
 
 
 class Histograms:
@@ -134,19 +147,19 @@ class Histograms:
 
     def add(self, ended: EndedOutput, gaps: Floats) -> None:
         """Count one output."""
-        self.prompt_tokens.add((ended.prompt_tokens,))
-        self.output_tokens.add((ended.output_tokens,))
+        self.prompt_tokens.add(ended.prompt_tokens)
+        self.output_tokens.add(ended.output_tokens)
         if ended.scheduled is not None:
-            self.queue.add((ended.scheduled - ended.arrival,))
+            self.queue.add(ended.scheduled - ended.arrival)
         if ended.first_token is None or ended.last_token is None:
             return
-        self.first_token.add((ended.first_token - ended.arrival,))
-        self.whole.add((ended.last_token - ended.arrival,))
-        self.decode.add((ended.last_token - ended.first_token,))
+        self.first_token.add(ended.first_token - ended.arrival)
+        self.whole.add(ended.last_token - ended.arrival)
+        self.decode.add(ended.last_token - ended.first_token)
         if ended.scheduled is not None:
-            self.prefill.add((ended.first_token - ended.scheduled,))
+            self.prefill.add(ended.first_token - ended.scheduled)
         if len(gaps):
-            self.inter_token.add(gaps)
+            self.inter_token.add_sorted(gaps)
 
 
 @dataclass(slots=True)
@@ -352,9 +365,10 @@ class _Window:
             slot.tbt_of += 1
             slot.tbt_met += ended.tbt_met
         if ended.first_token is not None:
-            slot.ttft[_bucket(np.array([ended.first_token - ended.arrival]))] += 1
+            octaves = math.log2(max(ended.first_token - ended.arrival, SHORTEST_S) / SHORTEST_S)
+            slot.ttft[min(int(octaves * PER_OCTAVE), BUCKETS - 1)] += 1
         if len(gaps):
-            slot.tbt += np.bincount(_bucket(gaps), minlength=BUCKETS).astype(np.uint32)
+            np.add.at(slot.tbt, _bucket(gaps), 1)
         self._targets = (_finite(frame.slo_ttft), _finite(frame.slo_tbt))
 
     def report(self, name: str, epoch: int, seconds: float) -> ClassReport | None:
