@@ -77,7 +77,6 @@ class Gated:
                 for length in (64, 512, 4096)
             ],
         )
-        self._running: Gang | None = None
 
     @property
     def device(self) -> Any:
@@ -129,7 +128,9 @@ class Gated:
         return True
 
     def deliver(self, step: Step) -> None:
-        """The step as a frame, and the account of what ended."""
+        """The step as a frame, if it has something to tell, and the account of what ended."""
+        if not step.outputs and step.gang is None:
+            return
         scheduler = self._scheduler
         accepted = [
             AcceptedItem(o.request_id, o.queue_position, _cached(scheduler, o.request_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from math import inf
 
 import pytest
@@ -203,3 +204,32 @@ def test_lines_of_sizes_all_alike_go_through_the_origin() -> None:
     line.add(200, 0.7)
     fixed, slope, _ = line.fit()
     assert (fixed, slope) == pytest.approx((0.3, 0.002))
+
+
+def test_whatever_comes_in_whatever_order_nothing_is_left_over() -> None:
+    chance = random.Random(7)
+    ahead, alive, now = ledger(), [], 0.0
+    for number in range(2000):
+        now += chance.random() / 100
+        match chance.randrange(5):
+            case 0 | 1:
+                newcomer = Newcomer(
+                    chance.randrange(1, 500), 50, 2, chance.randrange(3), slo_class="ab"[number % 2]
+                )
+                ids = [f"r{number}#0", f"r{number}#1"]
+                ahead.add(ids, newcomer, now, ahead.forecast(newcomer, now))
+                alive += ids
+            case 2 if alive:
+                ahead.step(
+                    StepFrame(now, accepted=[AcceptedItem(chance.choice(alive), 0, chance.randrange(400))])
+                )
+            case 3 if alive:
+                first(ahead, now, chance.choice(alive), prefill_requests=chance.randrange(2))
+            case _ if alive:
+                ahead.remove(alive.pop(chance.randrange(len(alive))))
+        assert ahead.outputs == len(alive)
+        assert min([0, *ahead.queued.values(), ahead.waiting_tokens, ahead.promised_pages]) == 0
+    for request in alive:
+        ahead.step(StepFrame(now, finished=[FinishedItem(request, "length", output_tokens=3)]))
+    assert (ahead.outputs, ahead.waiting_tokens, ahead.promised_pages, ahead._prompt_pages) == (0, 0, 0, 0)
+    assert not ahead.queued

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil, exp, inf
 from typing import Final
 
@@ -28,6 +29,7 @@ PRIOR_OUTPUT_TOKENS: Final = 256.0
 MEMORY_OUTPUTS: Final = 50.0
 MEMORY_STEPS: Final = 500.0
 STEPS_TO_TRUST: Final = 50
+OUTLIER: Final = 3.0
 EXTRAPOLATION: Final = 1.25
 """How far beyond the largest batch seen the length of a decode step is believed."""
 FIRST_CAUTION: Final = 2.0
@@ -73,6 +75,7 @@ class _Ahead:
     uncomputed: float
     expected: float
     pages: int
+    prompt_pages: int
     cached: int = 0
     first_token: float | None = None
 
@@ -166,6 +169,8 @@ class WorkloadAhead:
         self._tokens: Counter[int] = Counter()
         self._counts: Counter[int] = Counter()
         self._promised = 0
+        self._prompt_pages = 0
+        self._known_ends: list[tuple[float, int]] | None = None
         self._last: StepFrame | None = None
         self._mark = 0.0
         self.engine(total_pages=1, page_tokens=1, max_running=1)
@@ -187,7 +192,8 @@ class WorkloadAhead:
         self._decoding.clear()
         self._tokens.clear()
         self._counts.clear()
-        self._promised = 0
+        self._promised = self._prompt_pages = 0
+        self._known_ends = None
         self._pending = 0.0
         self.load = self._last = None
         if prefill_seconds and not self._rates.prefill.known:
@@ -199,19 +205,22 @@ class WorkloadAhead:
         """A request's outputs go to the engine."""
         expected = self._expected(newcomer.max_tokens)
         pages = self._pages(newcomer.prompt_tokens + expected)
+        prompt_pages = self._pages(newcomer.prompt_tokens + 1)
         if not self._waiting:
             self._mark = now
         for output_id in output_ids:
             uncomputed = self._uncomputed(newcomer)
-            ahead = _Ahead(newcomer, now, forecast.ttft, uncomputed, expected, pages)
+            ahead = _Ahead(newcomer, now, forecast.ttft, uncomputed, expected, pages, prompt_pages)
             self._waiting[output_id] = ahead
             self._tokens[newcomer.priority] += ceil(uncomputed)
             self._counts[newcomer.priority] += 1
             self._promised += pages
+            self._prompt_pages += prompt_pages
             self.queued[newcomer.slo_class] += 1
 
     def remove(self, output_id: str) -> None:
         """An output ended, or is given up; unknown ones are no fault."""
+        self._known_ends = None
         ahead = self._waiting.get(output_id)
         if ahead is not None:
             self._leave_queue(output_id, ahead)
@@ -221,6 +230,7 @@ class WorkloadAhead:
 
     def step(self, frame: StepFrame) -> None:
         """Take in what the engine told."""
+        self._known_ends = None
         self._learn_time(frame)
         for accepted in frame.accepted:
             self._accepted(accepted)
@@ -276,6 +286,7 @@ class WorkloadAhead:
     def _leave_queue(self, output_id: str, ahead: _Ahead) -> None:
         del self._waiting[output_id]
         self._forget_tokens(ahead)
+        self._prompt_pages -= ahead.prompt_pages
         priority, slo_class = ahead.newcomer.priority, ahead.newcomer.slo_class
         self._counts[priority] -= 1
         if not self._counts[priority]:
@@ -312,7 +323,10 @@ class WorkloadAhead:
         gap.keep(exp(-seconds / MEMORY_S))
         gap.top += seconds
         gap.bottom += 1
-        if not last.prefill_requests and not frame.accepted:
+        if last.prefill_requests or frame.accepted:
+            return
+        known = self._step_seconds(last.decode_requests)
+        if known is None or seconds < OUTLIER * known:  # the machine may have been busy with something else
             self._rates.steps.add(last.decode_requests, seconds)
 
     def _learn_caution(self, took: float, forecast: float) -> None:
@@ -364,8 +378,7 @@ class WorkloadAhead:
             return Forecast()
         ahead_tokens, ahead_count = self._ahead_of(newcomer.priority, now, rate)
         own = newcomer.outputs * self._uncomputed(newcomer)
-        ends = self._ends(now)
-        wait = max(self._wait_for_place(newcomer, ahead_count, ends), self._wait_for_pages(newcomer, ends))
+        wait = max(self._wait_for_place(newcomer, ahead_count, now), self._wait_for_pages(newcomer, now))
         fixed, slope, _ = self._rates.prefill.fit()
         ttft = max(ahead_tokens / rate, wait) + fixed + slope * own
         batch = min(len(self._decoding) + ahead_count + newcomer.outputs, self.max_running)
@@ -390,11 +403,13 @@ class WorkloadAhead:
         """How long until so many of the promised pages are expected to be given back; 1 where nothing is known."""
         if pages <= 0:
             return 0.0
+        wait = 1.0
         for end, held in self._ends(now):
+            wait = end - now
             pages -= held
             if pages <= 0:
-                return end
-        return max((end for end, _ in self._ends(now)), default=1.0)
+                break
+        return max(0.0, wait)
 
     # ------------------------------------------------------------------------------------- how it is reckoned
 
@@ -417,12 +432,17 @@ class WorkloadAhead:
         count = sum(count for level, count in self._counts.items() if level <= priority)
         done = 0.0
         if self._last is not None and self._last.prefill_requests:
-            under_way = list(self._waiting.values())[: self._last.prefill_requests]
+            under_way = islice(self._waiting.values(), self._last.prefill_requests)
             done = min((now - self._mark) * rate, sum(ahead.uncomputed for ahead in under_way))
         return max(0.0, tokens - max(0.0, done)), count
 
     def _ends(self, now: float) -> list[tuple[float, int]]:
-        """When each decoding output is expected to end, in seconds from now, and the pages it then gives back."""
+        """When each decoding output is expected to end, in order, and the pages it then gives back.
+
+        Reckoned once per step: newcomers ask much oftener.
+        """
+        if self._known_ends is not None:
+            return self._known_ends
         gap = self._rates.gap.value or 0.0
         ends = []
         for ahead in self._decoding.values():
@@ -431,33 +451,38 @@ class WorkloadAhead:
             left = max(1.0, ahead.expected - written)
             if written > ahead.expected:  # longer than usual: as much again, up to its own limit
                 left = max(1.0, min(ahead.newcomer.max_tokens - written, ahead.expected))
-            ends.append((left * gap, ahead.pages))
+            ends.append((now + left * gap, ahead.pages))
         ends.sort()
+        self._known_ends = ends
         return ends
 
-    def _wait_for_place(self, newcomer: Newcomer, ahead_count: int, ends: list[tuple[float, int]]) -> float:
+    def _wait_for_place(self, newcomer: Newcomer, ahead_count: int, now: float) -> float:
         """Seconds until so many have ended that it may run; beyond those that run, ends keep coming as now."""
-        lacking = len(ends) + ahead_count + newcomer.outputs - self.max_running
-        if lacking <= 0 or not ends:
+        running = len(self._decoding)
+        lacking = running + ahead_count + newcomer.outputs - self.max_running
+        if lacking <= 0 or not running:
             return 0.0
-        rounds, place = divmod(lacking - 1, len(ends))
-        return ends[place][0] + rounds * ends[-1][0]
+        ends = self._ends(now)
+        rounds, place = divmod(lacking - 1, running)
+        return max(0.0, ends[place][0] - now + rounds * (ends[-1][0] - now))
 
-    def _wait_for_pages(self, newcomer: Newcomer, ends: list[tuple[float, int]]) -> float:
+    def _wait_for_pages(self, newcomer: Newcomer, now: float) -> float:
         """Seconds until its prompt's pages are there, and those of the prompts before it."""
         if self.load is None:
             return 0.0
         prefilling = max(0, self.load.running - len(self._decoding))  # they have theirs
-        prompts = [ahead.newcomer.prompt_tokens for ahead in self._waiting.values()][prefilling:]
-        lacking = sum(self._pages(prompt + 1) for prompt in prompts) - self.load.free_pages
-        lacking += newcomer.outputs * self._pages(newcomer.prompt_tokens + 1)
+        have = sum(ahead.prompt_pages for ahead in islice(self._waiting.values(), prefilling))
+        own = newcomer.outputs * self._pages(newcomer.prompt_tokens + 1)
+        lacking = self._prompt_pages - have + own - self.load.free_pages
+        if lacking <= 0:
+            return 0.0
         wait = 0.0
-        for end, pages in ends:
+        for end, pages in self._ends(now):
+            lacking -= pages
+            wait = end - now
             if lacking <= 0:
                 break
-            lacking -= pages
-            wait = end
-        return wait
+        return max(0.0, wait)
 
     def _step_seconds(self, batch: int) -> float | None:
         """Of a decode step over `batch` that runs alone; `None` where too little is known to say."""
