@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from drift_core.assembly import Setup, weights_on
+from drift_core.assembly import Setup, measured_costs, weights_on
+from drift_core.cuda import estimates
 from drift_core.cuda.assembly import CudaOptions, plan_memory
 from drift_core.cuda.device import Place, Work
 from drift_core.cuda.measure import plan_grid
@@ -21,7 +23,7 @@ from drift_core.model.shapes import shape_config
 from drift_scheduler.cli import drift
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.table import CostTable
-from drift_scheduler.domain import DecodeShape, Device, Partition
+from drift_scheduler.domain import DecodeShape, Device, Partition, PrefillShape
 from drift_scheduler.errors import DriftError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -114,6 +116,54 @@ def test_memory_goes_to_kv_after_weights_and_passes() -> None:
         plan_memory(model, torch.bfloat16, 1 << 30, 10, CudaOptions(kv_memory_bytes=2 << 30))
     small = plan_memory(model, torch.bfloat16, 30 << 30, 10, CudaOptions(max_running=1, max_context=131072))
     assert small.max_context <= 131072
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", None), ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"), ("NVIDIA GH200 480GB", None), ("NVIDIA L4", None), ("stub", None),
+    ],
+)  # fmt: skip
+def test_a_gpus_name_finds_its_data(name: str, wanted: str | None) -> None:
+    assert estimates.named(name) == wanted
+
+
+def test_what_no_data_describes_is_derived_from_its_properties() -> None:
+    h200 = SimpleNamespace(
+        name="NVIDIA H2000", major=9, minor=0, multi_processor_count=132, clock_rate=1_830_000,
+        memory_clock_rate=3_201_000, memory_bus_width=6144, total_memory=150e9,
+    )  # fmt: skip
+    spec = estimates.derived(h200)
+    assert spec.tflops == pytest.approx(989, rel=0.01)
+    assert spec.bandwidth_gb_s == pytest.approx(4900, rel=0.01)
+    silent = estimates.derived(SimpleNamespace(major=8, minor=6, multi_processor_count=54))
+    assert silent.tflops == pytest.approx(312 / 2, rel=0.01)  # half the multiprocessors of its kin
+
+
+@pytest.mark.parametrize(("name", "units", "line"), [
+    ("NVIDIA H200", 132, "estimated by the data of h200"),
+    ("NVIDIA H200", 66, "estimated by the data of h200"),
+    ("NVIDIA X1", 132, "no data on NVIDIA X1; derived from 132 multiprocessors"),
+])  # fmt: skip
+def test_without_a_profile_a_gpus_costs_are_a_gpus(
+    name: str, units: int, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = StubDevice(UNITS)
+    executor = stub_executor(stub)
+    stub.units, stub.name = units, name  # type: ignore[misc]
+    config = engine_config(model="random:llama-3.1-8b", profile="none")
+    model = shape_config("llama-3.1-8b")
+    setup = Setup(config, model, Path("random:llama-3.1-8b"), lambda phase, fraction: None)
+    with caplog.at_level("INFO", logger="drift.engine"):
+        costs = measured_costs(setup, executor)
+    assert line in caplog.text
+    step = costs.decode(DecodeShape(64, 64 * 2048), units)
+    if units == 132:
+        assert 1e-2 < step < 3e-2  # twice bf16's floor of 6.9 ms is the least; a CPU would take a second
+    prefill = costs.prefill(PrefillShape.of([(4096, 0)]), units)
+    assert (0.05 if units == 132 else 0.15) < prefill < (0.15 if units == 132 else 0.4)
 
 
 def test_a_load_format_that_is_none_is_refused() -> None:

@@ -209,7 +209,11 @@ def _still_true(table: CostTable, setup: Setup, executor: ModelExecutor) -> bool
 def _estimated_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
     """First principles, without a measurement: the right order of magnitude at best."""
     model = setup.model
-    spec = msgspec.structs.replace(device_spec("cpu"), units=executor.device.total_units)
+    own = getattr(executor, "described", None)  # of executors whose devices are nothing like CPU cores
+    if own is not None:
+        spec = own()
+    else:
+        spec = msgspec.structs.replace(device_spec("cpu"), units=executor.device.total_units)
     size = float(DTYPES[executor.dtype].itemsize)
     described = ModelSpec(
         name=setup.config.model,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from drift_core.batches import PageTables as LanePages
-from drift_core.cuda import measure
+from drift_core.cuda import estimates, measure
 from drift_core.cuda.device import Accelerator, Partitions, Place, Stream
 from drift_core.cuda.kernels import Kernels
 from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane, Sampled
@@ -38,6 +38,7 @@ from drift_core.profile import Grid
 from drift_core.sampler import SamplerState, sample
 from drift_core.sampling_params import SamplingParams
 from drift_core.sequences import SequenceTable
+from drift_scheduler.cost.hardware import DeviceSpec
 from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import (
     DecodeDone,
@@ -529,6 +530,10 @@ class CudaExecutor:
         )  # fmt: skip
         made._streams, made._units = self._streams, self._units
         return made
+
+    def described(self) -> DeviceSpec:
+        """What the device is expected to do, where nothing was measured."""
+        return estimates.described(self.accelerator)
 
     def plan_grid(self, *, max_running: int, full: bool) -> Grid:
         """What to measure of this device."""
