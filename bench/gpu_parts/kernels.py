@@ -38,8 +38,9 @@ def _all(torch: Any, draw: random.Random, quick: bool, found: Findings) -> Any:
     variants = ((4, 16, None), (1, 64, None), (7, 256, 100), (8, 16, 1000))
     for dtype in (torch.bfloat16, torch.float16):
         tried: list[tuple[str, str, Any]] = []
-        for head in heads:
-            for group, page, window in variants:
+        brief = quick and dtype == torch.float16  # most of the time goes into compiling
+        for head in heads[-1:] if brief else heads:
+            for group, page, window in variants[:1] if brief else variants:
                 tried += [
                     (f"{name} attention", f"{(head, group, page, window)}",
                      partial(_attention, torch, head, group, page, window, lengths, dtype))

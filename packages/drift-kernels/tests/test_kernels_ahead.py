@@ -102,6 +102,18 @@ def test_spills_and_misfits_are_found() -> None:
     assert "has no mma.sync" in found[2]
 
 
+def test_a_wasteful_compiler_is_held_to_what_fits() -> None:
+    """Triton 3.6, left alone, takes 218 registers for decode of head 128 on sm_90, and two programs fit, not three."""
+    for architecture, limits in tiles.LIMITS.items():
+        for head in tiles.HEAD_SIZES:
+            for tile in (tiles.narrow_tile(architecture, head), tiles.wide_tile(architecture, head)):
+                most = attention.most_registers(tile, True)
+                assert most is not None
+                assert most * 32 * tile.warps * tile.programs_per_sm <= limits.registers
+                assert attention.most_registers(tile, False) is None
+    assert attention.most_registers(tiles.narrow_tile(90, 128), True) == 168
+
+
 def test_too_much_shared_memory_fails_at_the_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device: the stub knows the limits of what it stands for."""
     monkeypatch.setitem(tiles.LIMITS, 90, tiles.Limits(1000, 2000))

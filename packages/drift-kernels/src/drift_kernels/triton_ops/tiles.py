@@ -23,6 +23,11 @@ class Tile:
     programs_per_sm: int  # programs that the shared memory and registers of one multiprocessor hold at once
     least_keys: int  # a program's share is not cut finer than this
 
+    @property
+    def most_registers(self) -> int:
+        """Registers of a thread with which `programs_per_sm` still fit."""
+        return min(255, 65536 // (self.programs_per_sm * self.warps * 32) // 8 * 8)
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
