@@ -96,6 +96,9 @@ class PartitionPolicy(Protocol):
 class DispatchPolicy(Protocol):
     """Decides the next gang from a read-only view.
 
+    It may follow another policy while requests are in flight: batches part-way through the layers (`view.prefills`)
+    are then its to finish.
+
     Optional: `refuses(device) -> str | None`, asked once by the scheduler; a line it returns is why the policy cannot
     run on that device, and ends the start. Optional: `arrange(setting) -> Setting`, for a policy of another system
     that simulates on a cluster laid out its own way (see `drift_scheduler.simulation.cluster`).

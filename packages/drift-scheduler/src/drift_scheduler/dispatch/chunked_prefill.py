@@ -28,7 +28,7 @@ class ChunkedPrefill:
         if view.prefill_lane.busy or view.decode_lane.busy:
             return None
         step = view.decode_step()
-        if step is None:
+        if step is None or view.prefills:  # a batch under way was left by another policy
             return exclusive_prefill(view, self._max_tokens)
         chunks = prompt_pieces(view, self._budget - len(step.request_ids))
         if not chunks:

@@ -42,6 +42,9 @@ def both_lanes(view: View, sharing: Sharing, partition: Partition, max_tokens: i
 
 
 def whole_block(view: View, max_tokens: int) -> PrefillBlock | None:
-    """All layers of whole prompts."""
+    """All layers of whole prompts; before that, what another policy left part-way."""
+    if view.prefills:
+        batch = view.prefills[-1]
+        return next_block(batch, view.device.num_layers - batch.next_layer)
     chunks = whole_prompts(view, max_tokens)
     return next_block(new_batch(chunks), view.device.num_layers) if chunks else None
