@@ -22,7 +22,9 @@ def add_operations(port: HttpPort, supervisor: Supervisor) -> None:
         return web.json_response({"status": supervisor.state.value})
 
     async def ready(request: web.Request) -> web.Response:
-        return web.json_response({"status": supervisor.state.value}, status=200 if supervisor.healthy else 503)
+        return web.json_response(
+            {"status": supervisor.state.value}, status=200 if supervisor.healthy else 503
+        )
 
     port.add("/metrics", metrics)
     port.add("/health", health)
