@@ -7,6 +7,7 @@ BadRequest where a field is wrong, a RetryInfo where trying again can help. Know
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -200,6 +201,8 @@ async def refusals_as_statuses(context: Any) -> AsyncIterator[None]:
         yield
     except grpc.aio.AbortError:
         raise
+    except grpc.aio.InternalError as left:  # a message could not be sent: nobody is there to hear of it
+        raise asyncio.CancelledError from left
     except Exception as error:
         await abort(context, refusal_of(error))
 
