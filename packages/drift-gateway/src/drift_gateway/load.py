@@ -270,11 +270,12 @@ class LoadRun:
 
     async def _settle(self, stop: asyncio.Event) -> None:
         """Wait for what runs, or give it up when told to stop."""
+        rest = asyncio.gather(*self._running, return_exceptions=True)
         stopped = asyncio.create_task(stop.wait())
-        while self._running and not stopped.done():
-            await asyncio.wait({*self._running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((rest, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         await self._abandon()
+        await rest
 
     async def _abandon(self) -> None:
         for task in self._running:
