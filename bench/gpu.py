@@ -62,15 +62,19 @@ def run_part(name: str, result: Path, options: argparse.Namespace, seconds: floa
         model=options.model, cells=tuple(filter(None, options.cells.split(","))),
     )  # fmt: skip
     entry: dict[str, Any]
+    from drift_kernels.nvml import Sampler
+
+    watch = Sampler(interval_s=0.5)
     try:
-        entry = {"status": "ok"} | import_module(f"gpu_parts.{name}").run(given).as_dict()
+        with watch:
+            entry = {"status": "ok"} | import_module(f"gpu_parts.{name}").run(given).as_dict()
     except Skipped as why:
         entry = {"status": "skipped", "reason": str(why)}
     except Exception as error:
         traceback.print_exc()
         failure = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         entry = _so_far(result) | {"status": "failed", "reason": failure}
-    write(result, entry)
+    write(result, entry | {"state": watch.summary().as_dict()})
 
 
 # ----------------------------------------------------------------------------------------------- all of them
@@ -154,13 +158,23 @@ def table(report: dict[str, Any]) -> list[str]:
     lines = [f"Drift on a GPU, commit {report['config']['commit']}"]
     for name, entry in report["parts"].items():
         lines.append(f"{name:<12}{entry['status']:<9}{entry.get('seconds', 0):>7.0f} s{_reason(entry)}")
-        lines += [f"    {line}" for line in entry.get("lines", ())]
+        lines += [f"    {line}" for line in (*_state(entry), *entry.get("lines", ()))]
         for check in entry.get("checks", ()):
             mark, sign = "ok  " if check["met"] else "MISS", ">=" if check["at_least"] else "<="
             lines.append(
                 f"    {mark} {check['name']}: {check['value']:.4g}{check['unit']} ({sign} {check['bound']:g})"
             )
     return lines
+
+
+def _state(entry: dict[str, Any]) -> list[str]:
+    """Clocks and power while the part ran, and what held the clocks down."""
+    state = entry.get("state") or {}
+    if not state.get("sm_clock_mhz"):
+        return []
+    watts = f", {state['power_w'][1]:.0f} W" if state.get("power_w") else ""
+    held = "".join(f", {share:.0%} of the time {reason}" for reason, share in state["throttled"].items())
+    return [f"SMs at {state['sm_clock_mhz'][1]:.0f} of {state['sm_clock_max_mhz']} MHz{watts}{held}"]
 
 
 def _reason(entry: dict[str, Any]) -> str:

@@ -107,6 +107,29 @@ def test_what_a_killed_part_had_found_is_kept(tmp_path: Path, monkeypatch: pytes
     assert any("ok   copy: 4.3 (>= 4)" in line for line in gpu.table(report))
 
 
+def test_clocks_and_throttling_are_shown_with_a_part() -> None:
+    state = {
+        "sm_clock_mhz": [345, 1900.0, 1980], "sm_clock_max_mhz": 1980, "power_w": [90, 612.4, 700],
+        "throttled": {"power cap": 0.25},
+    }  # fmt: skip
+    report = {"config": {"commit": "x"}, "parts": {"speed": {"status": "ok", "state": state}}}
+    shown = gpu.table(report)
+    assert "    SMs at 1900 of 1980 MHz, 612 W, 25% of the time power cap" in shown
+    report["parts"]["speed"]["state"] = {"sm_clock_mhz": None, "throttled": {}}
+    assert len(gpu.table(report)) == len(shown) - 1
+
+
+def test_a_part_notes_the_devices_state_or_why_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "_kept", [])
+    options = SimpleNamespace(quick=True, out=tmp_path, model="llama-3.1-8b", cells="")
+    gpu.run_part("facts", tmp_path / "facts.part.json", options, 10.0)
+    entry = json.loads((tmp_path / "facts.part.json").read_text())
+    assert entry["status"] == "ok"
+    assert entry["state"]["readings"] or entry["state"]["unavailable"]
+
+
 def test_an_unknown_part_is_named() -> None:
     done = python("bench/gpu.py", "--parts", "speeed")
     assert done.returncode == 2
