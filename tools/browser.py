@@ -176,4 +176,4 @@ async def _port(profile: Path, process: asyncio.subprocess.Process) -> int:
 async def _address(session: aiohttp.ClientSession, port: int) -> str:
     async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
         targets = await answer.json()
-    return next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
+    return next(str(target["webSocketDebuggerUrl"]) for target in targets if target["type"] == "page")
