@@ -37,6 +37,7 @@ from drift_scheduler.dispatch.temporal import layers_in
 from drift_scheduler.domain import (
     DecodeStep,
     Gang,
+    Partition,
     PrefillBatch,
     PrefillChunk,
     PrefillShape,
@@ -95,6 +96,7 @@ class DriftPolicy:
 
     def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
         """What the idle lanes do next."""
+        partitions = _Reserved(partitions, self._margin)
         if view.prefill_lane.busy:
             return beside_prefill(view, costs, partitions)
         if view.decode_lane.busy:
@@ -167,6 +169,25 @@ class DriftPolicy:
             tokens += waiting.uncomputed
             pages -= waiting.pages
         return new_batch(tuple(chunks)) if chunks else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reserved:
+    """A partition policy whose splits also keep the margin: the next split with more decode units where one does."""
+
+    inner: PartitionPolicy
+    margin: float
+
+    def split(self, view: View, prefill: PrefillShape, decode: DecodeStep, costs: CostModel) -> Partition:
+        """The inner policy's, unless only another one keeps the margin."""
+        chosen = self.inner.split(view, prefill, decode, costs)
+        target = view.tbt_target * self.margin
+        if worst_decode(costs, prefill, decode, chosen) <= target:
+            return chosen
+        for split in view.device.splits():
+            if split.decode > chosen.decode and worst_decode(costs, prefill, decode, split) <= target:
+                return split
+        return chosen
 
 
 def _spatial(
