@@ -100,9 +100,10 @@ def page(rows: Sequence[Row], grid: Grid, settings: Mapping[str, Any]) -> str:
     lines = [
         "# Goodput: `drift` against every policy of one device",
         "",
-        "The highest request rate at which p99 TTFT over requests and p99 TBT over tokens keep their targets, simulated.",
-        "The grid is in `bench/grid-full.toml`: three systems, five generated workloads, four replayed traces, and the TBT",
-        "targets that each system can meet at all. Where a cell lost, the policy was changed, never the grid.",
+        "The highest request rate at which p99 TTFT over requests and p99 TBT over tokens keep their targets,",
+        "simulated. The grid is in `bench/grid-full.toml`: three systems, five generated workloads, four replayed",
+        "traces, and the TBT targets that each system can meet at all. Where a cell lost, the policy was changed,",
+        "never the grid.",
         "",
         f"- Cells: {len(rows)}. `drift` is below {SHARE} of the best other policy in {len(lost)} of them.",
         f"- Over tuned chunked prefill: {geometric_mean(ratios):.2f} times its goodput on average (geometric mean), "

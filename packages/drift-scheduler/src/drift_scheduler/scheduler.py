@@ -113,7 +113,9 @@ class Tracked:
         self.computed = 0
         self.capacity = 0
         self.cached = 0
-        self.described: Waiting | None = None  # what policies were told last, and at which epoch of the KV pool
+        self.described: Waiting | None = (
+            None  # what policies were told last, and at which epoch of the KV pool
+        )
         self.described_at = -1
         self.recomputed = 0
         self.preemptions = 0

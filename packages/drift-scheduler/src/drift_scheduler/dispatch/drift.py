@@ -18,7 +18,6 @@ of them late.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, inf
@@ -48,7 +47,6 @@ from drift_scheduler.errors import OptionError, positive
 from drift_scheduler.protocols import CostModel, PartitionPolicy
 from drift_scheduler.view import View
 
-W = float(os.environ.get("DW", "1"))
 TILE = 64  # fused chunks are whole multiples of this, below which a matmul wastes its tiles
 
 

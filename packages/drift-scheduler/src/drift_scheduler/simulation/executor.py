@@ -167,7 +167,7 @@ class SimulatedExecutor:
         return due
 
     def elapse(self, now: float) -> list[Event]:
-        """Set the clock to `now` and return everything that happened until then: for those who have a clock of their own."""
+        """Set the clock to `now`; everything that happened until then. For those who have a clock of their own."""
         events = list[Event]()
         while (due := self.due) is not None and due <= now:
             self._advance(max(self._now, due))
