@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import shutil
@@ -155,18 +156,20 @@ class _Terminal:
     """Reads what a program shows."""
 
     def __init__(self, descriptor: int) -> None:
+        os.set_blocking(descriptor, False)
         self._descriptor = descriptor
         self._text = ""
 
     async def until(self, wanted: str) -> None:
         """Wait, boundedly, for these words; what came before them is forgotten."""
 
-        async def read() -> None:
-            while wanted not in self._text:
-                data = await asyncio.to_thread(os.read, self._descriptor, 4096)
-                self._text += data.decode(errors="replace")
-
-        await asyncio.wait_for(read(), PATIENCE_S)
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while wanted not in self._text:
+            if asyncio.get_running_loop().time() > deadline:
+                raise AssertionError(f"{wanted!r} never came after {self._text!r}")
+            with contextlib.suppress(BlockingIOError):
+                self._text += os.read(self._descriptor, 4096).decode(errors="replace")
+            await asyncio.sleep(0.01)
         self._text = self._text.split(wanted, 1)[1]
 
 

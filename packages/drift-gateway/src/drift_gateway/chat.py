@@ -67,6 +67,10 @@ def run(options: ChatOptions, answers: Console, notes: Console) -> int:
             try:
                 if not chat.turn(line):
                     break
+            except KeyboardInterrupt:  # between the request and its answer, or after it
+                if not interactive:
+                    raise
+                notes.print("stopped", style="dim")
             except RequestError as error:
                 failed = True
                 notes.print(
