@@ -785,6 +785,11 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------- questions
 
+    def first_waiting(self, limit: int) -> tuple[Waiting, ...]:
+        """The first `limit` of the queue, whether or not there are pages and places for them."""
+        self._view.refresh()
+        return self._view.find_waiting([request_id for _, request_id in self.queue[:limit]])
+
     @property
     def partition(self) -> Partition | None:
         """The partition under a busy lane."""
