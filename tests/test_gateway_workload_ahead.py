@@ -233,3 +233,13 @@ def test_whatever_comes_in_whatever_order_nothing_is_left_over() -> None:
         ahead.step(StepFrame(now, finished=[FinishedItem(request, "length", output_tokens=3)]))
     assert (ahead.outputs, ahead.waiting_tokens, ahead.promised_pages, ahead._prompt_pages) == (0, 0, 0, 0)
     assert not ahead.queued
+
+
+def test_an_engine_that_says_it_is_overloaded_is_believed_by_all_who_queue_last() -> None:
+    ahead = ledger()
+    ahead.step(StepFrame(0.0, load=LoadItem(9, 2, 900, overload_s=7.0)))
+    assert ahead.forecast(Newcomer(500, 10), 0.0).ttft == pytest.approx(7.5)
+    ahead.add(["later"], Newcomer(100, 10, priority=5), 0.0)
+    assert ahead.forecast(Newcomer(500, 10), 0.0).ttft == pytest.approx(0.5)
+    ahead.step(StepFrame(0.1, load=LoadItem(0, 2, 900)))
+    assert ahead.forecast(Newcomer(500, 10, priority=5), 0.1).ttft == pytest.approx(0.6, rel=0.2)

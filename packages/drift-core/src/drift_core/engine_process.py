@@ -140,13 +140,18 @@ class _Session:
         if not step.outputs and lanes == self._last:
             return
         self._last = lanes
-        self.link.send(step_frame(engine, step, lanes, operations.errors))
+        self.link.send(step_frame(engine, step, lanes, operations.errors, operations.overload_s()))
 
 
 def step_frame(
-    engine: Engine, step: Step, lanes: LanesNow, errors: Mapping[Lane, float] = MappingProxyType({})
+    engine: Engine,
+    step: Step,
+    lanes: LanesNow,
+    errors: Mapping[Lane, float] = MappingProxyType({}),
+    overload_s: float = 0.0,
 ) -> StepFrame:
-    """One step in the gateway's words. `errors`: how far the cost model was off lately, by lane."""
+    """One step in the gateway's words. `errors`: how far the cost model was off lately, by lane. `overload_s`: as in
+    `LoadItem`."""
     accepted: list[AcceptedItem] = []
     tokens: list[TokensItem] = []
     finished: list[FinishedItem] = []
@@ -183,6 +188,7 @@ def step_frame(
             scheduler.preemptions,
             errors.get(Lane.PREFILL),
             errors.get(Lane.DECODE),
+            overload_s,
         ),
     )
 

@@ -193,7 +193,11 @@ class FinishedItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """How full the engine is, and how far its cost model's predictions were off lately (0.1 is 10%)."""
+    """How full the engine is, and how far its cost model's predictions were off lately (0.1 is 10%).
+
+    `overload_s`: once TTFT targets are lost for certain, the seconds that the prompts before a newcomer take at best;
+    0 as long as none is (`drift_scheduler.overload`).
+    """
 
     waiting: int
     running: int
@@ -201,6 +205,7 @@ class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     preemptions: int = 0
     prefill_error: float | None = None
     decode_error: float | None = None
+    overload_s: float = 0.0
 
 
 class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):

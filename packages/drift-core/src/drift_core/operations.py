@@ -32,6 +32,7 @@ from drift_scheduler.domain import (
     StepRecord,
 )
 from drift_scheduler.errors import DriftError
+from drift_scheduler.overload import OverloadWatch
 
 log = logging.getLogger("drift.engine")
 
@@ -54,6 +55,7 @@ class Operations:
             "partition": engine.config.partition_options,
         }
         self._trace: Trace | None = None
+        self._overload = OverloadWatch(engine.scheduler)
         engine.observe(self)
 
     # -------------------------------------------------------------------------------- the reader thread
@@ -89,6 +91,17 @@ class Operations:
             except DriftError as error:
                 answer = Answer(frame.call, _line(error))
             self._send(answer)
+
+    def overload_s(self) -> float:
+        """What admission is told, as in `LoadItem`."""
+        try:
+            said = self._overload.now()
+        except (
+            Exception
+        ) as error:  # a third party's cost model may raise anything; the scheduler counts its faults
+            log.debug("the cost model could not tell overload: %s", _line(error))
+            return 0.0
+        return said.backlog if said.certain else 0.0
 
     def on_step(self, record: StepRecord) -> None:
         """Implements `Observer`: one line of the decision log, while one is written."""

@@ -380,7 +380,7 @@ class WorkloadAhead:
         own = newcomer.outputs * self._uncomputed(newcomer)
         wait = max(self._wait_for_place(newcomer, ahead_count, now), self._wait_for_pages(newcomer, now))
         fixed, slope, _ = self._rates.prefill.fit()
-        ttft = max(ahead_tokens / rate, wait) + fixed + slope * own
+        ttft = max(ahead_tokens / rate, wait, self._told(newcomer)) + fixed + slope * own
         batch = min(len(self._decoding) + ahead_count + newcomer.outputs, self.max_running)
         gap = self._step_seconds(batch)
         usual = self._rates.gap.value
@@ -455,6 +455,13 @@ class WorkloadAhead:
         ends.sort()
         self._known_ends = ends
         return ends
+
+    def _told(self, newcomer: Newcomer) -> float:
+        """Seconds of prompts before it that the engine reports once targets are lost for certain; whoever goes before
+        others does not wait for those."""
+        if self.load is None or any(priority > newcomer.priority for priority in self._counts):
+            return 0.0
+        return self.load.overload_s
 
     def _wait_for_place(self, newcomer: Newcomer, ahead_count: int, now: float) -> float:
         """Seconds until so many have ended that it may run; beyond those that run, ends keep coming as now."""
