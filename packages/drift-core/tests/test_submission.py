@@ -1,0 +1,202 @@
+"""Whose turn it is among readers of streams, and what becomes of those that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from drift_core import submission as module
+from drift_core.frames import TokenLogprob
+from drift_core.submission import Progress, Submission, Turns
+from drift_scheduler.errors import DriftError
+
+Forgotten = list[tuple[str, bool]]
+
+
+class World:
+    """Readers whose turns are noted, with what they were let go for."""
+
+    def __init__(self, at_once: int = 2) -> None:
+        self.turns = Turns(at_once)
+        self.forgotten: Forgotten = []
+        self.order: list[str] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def forget(self, request_id: str, cancel: bool) -> None:
+        self.forgotten.append((request_id, cancel))
+
+    async def reader(self, name: str, tbt: float = 0.1, busy: asyncio.Event | None = None) -> Submission:
+        """A submission and a task that reads it; with `busy` it is busy after each turn until that is set."""
+        submission = Submission(self.forget, self.turns, [name], tbt)
+
+        async def read() -> None:
+            while True:
+                await submission.changed()
+                self.order.append(name)
+                submission.requests[0].take()
+                if busy is not None:
+                    await busy.wait()
+
+        self.tasks.append(asyncio.create_task(read()))
+        await asyncio.sleep(0)
+        return submission
+
+
+def told(submission: Submission, time: float, first: bool = False) -> None:
+    progress = submission.requests[0]
+    progress.token_ids.append(7)
+    progress.times.append(time)
+    submission.notify(first)
+
+
+def run(body: Callable[[World], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        world = World()
+        try:
+            await asyncio.wait_for(body(world), 30)
+        finally:
+            for task in world.tasks:
+                task.cancel()
+            await asyncio.gather(*world.tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+def test_first_tokens_go_before_tight_targets_and_those_before_loose_ones() -> None:
+    async def body(world: World) -> None:
+        loose = await world.reader("loose", tbt=4.0)
+        tight = await world.reader("tight", tbt=0.02)
+        older = await world.reader("older", tbt=0.02)
+        first = await world.reader("first", tbt=4.0)
+        told(loose, 10.0)
+        told(tight, 10.0)
+        told(older, 9.999)
+        told(first, 10.0, first=True)
+        world.turns.give()
+        await until(lambda: len(world.order) == 4)
+        assert world.order == ["first", "older", "tight", "loose"]
+
+    run(body)
+
+
+def test_a_loose_target_is_not_put_off_for_ever() -> None:
+    """A quarter of its target after its token, it goes before younger tokens of tight ones."""
+
+    async def body(world: World) -> None:
+        loose, tight = await world.reader("loose", tbt=1.0), await world.reader("tight", tbt=0.1)
+        told(loose, 10.0)
+        told(tight, 10.3)
+        world.turns.give()
+        await until(lambda: len(world.order) == 2)
+        assert world.order == ["loose", "tight"]
+
+    run(body)
+
+
+def test_only_so_many_go_per_pass_and_the_rest_find_more() -> None:
+    async def body(world: World) -> None:
+        readers = [await world.reader(str(number)) for number in range(6)]
+        for reader in readers:
+            told(reader, 1.0)
+        world.turns.give()
+        passes = 0
+        while len(world.order) < 6:
+            before = len(world.order)
+            await asyncio.sleep(0)
+            assert len(world.order) - before <= 2
+            passes += 1
+        assert passes >= 3
+        assert world.order == [str(number) for number in range(6)]
+
+    run(body)
+
+
+def test_news_that_comes_while_a_reader_is_busy_waits_for_its_turn() -> None:
+    async def body(world: World) -> None:
+        free = asyncio.Event()
+        reader = await world.reader("busy", busy=free)
+        told(reader, 1.0)
+        world.turns.give()
+        await until(lambda: world.order == ["busy"])
+        told(reader, 2.0)
+        told(reader, 3.0)
+        assert len(reader.requests[0].token_ids) == 2
+        free.set()
+        await until(lambda: len(world.order) == 2)
+        assert reader.requests[0].token_ids == []
+        assert not world.forgotten
+
+    run(body)
+
+
+def test_a_busy_reader_that_falls_too_far_behind_is_dropped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LAG_TOKENS", 3)
+
+    async def body(world: World) -> None:
+        free = asyncio.Event()
+        reader = await world.reader("slow", busy=free)
+        told(reader, 1.0)
+        world.turns.give()
+        await until(lambda: world.order == ["slow"])
+        for step in range(4):
+            assert not reader.lagging
+            told(reader, 2.0 + step)
+        assert reader.lagging
+        assert world.forgotten == [("slow", True)]
+        free.set()
+        await until(lambda: len(world.order) == 2)
+
+    run(body)
+
+
+def test_a_reader_that_fell_behind_waits_for_those_that_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DEMOTED_LAG_TOKENS", 2)
+
+    async def body(world: World) -> None:
+        free = asyncio.Event()
+        behind, prompt = await world.reader("behind", busy=free), await world.reader("prompt")
+        told(behind, 1.0)
+        world.turns.give()
+        await until(lambda: world.order == ["behind"])
+        for step in range(3):
+            told(behind, 2.0 + step / 100)
+        told(prompt, 2.9)
+        free.set()
+        await until(lambda: len(world.order) == 3)
+        assert world.order == ["behind", "prompt", "behind"]
+
+    run(body)
+
+
+def test_failing_wakes_a_reader_at_once_and_stays() -> None:
+    async def body(world: World) -> None:
+        reader = await world.reader("failed")
+        reader.fail(DriftError("gone"))
+        with pytest.raises(DriftError, match="gone"):
+            await world.tasks[0]
+        with pytest.raises(DriftError, match="gone"):
+            await reader.changed()
+
+    run(body)
+
+
+def test_tokens_and_times_are_taken_once_and_all_times_are_kept() -> None:
+    progress = Progress("a")
+    for step in range(3):
+        progress.token_ids.append(step)
+        progress.times.append(step / 10)
+    progress.add_logprob(TokenLogprob(-1.0))
+    assert progress.take() == ([0, 1, 2], [0.0, 0.1, 0.2], [None, None, TokenLogprob(-1.0)])
+    assert progress.take() == ([], [], None)
+    progress.token_ids.append(3)
+    progress.times.append(0.3)
+    assert progress.take() == ([3], [0.3], None)
+    assert progress.times == [0.0, 0.1, 0.2, 0.3]
