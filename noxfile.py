@@ -24,7 +24,16 @@ CONSTRAINTS = ("-c", "constraints.txt")
 # Installed first and by exactly this name: a looser spelling lets pip choose the largest build there is.
 TORCH = "torch==2.13.0"
 BUILD_TOOLS = ("hatchling", "editables")
-TEST_TOOLS = ("buf-bin", "pytest", "pytest-timeout", "hypothesis", "jsonschema", "opentelemetry-sdk", "transformers", "trustme")
+TEST_TOOLS = (
+    "buf-bin",
+    "pytest",
+    "pytest-timeout",
+    "hypothesis",
+    "jsonschema",
+    "opentelemetry-sdk",
+    "transformers",
+    "trustme",
+)
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
 STUB_TOOLS = ("grpcio-tools==1.81.1", "mypy-protobuf", "buf-bin")
 # What proto/ said when it was last committed; it may only ever say more.
