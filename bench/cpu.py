@@ -5,6 +5,9 @@
 Two loads per model. *Paced*: Poisson arrivals at a share of what the device can do, for latency. *Saturated*: more
 than it can do, for throughput. Every round runs all policies one after another, starting with another one each time,
 so that a slow minute of the machine hits all alike. Writes JSON and prints a table.
+
+The decision logs of each load's first round are replayed in the simulator, with costs fitted to their lane times: its
+error in what requests saw, and whether it ranks the policies as the cores did (Kendall's tau).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +51,7 @@ from drift_kernels.ops import select_ops  # noqa: E402
 from drift_scheduler import plugins  # noqa: E402
 from drift_scheduler.cost.fitted import FittedCost  # noqa: E402
 from drift_scheduler.cost.table import CostTable  # noqa: E402
+from drift_scheduler.decision_log import DecisionLog  # noqa: E402
 from drift_scheduler.domain import (  # noqa: E402
     SLO,
     DecodeShape,
@@ -60,7 +65,8 @@ from drift_scheduler.domain import (  # noqa: E402
     Tokens,
 )
 from drift_scheduler.loop import serve  # noqa: E402
-from drift_scheduler.protocols import CostModel  # noqa: E402
+from drift_scheduler.protocols import CostModel, Observer  # noqa: E402
+from drift_scheduler.replay import replay  # noqa: E402
 from drift_scheduler.scheduler import Limits, Scheduler  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
@@ -195,7 +201,8 @@ def main() -> None:
     for name in options.model:
         console.print(f"[bold]{name}[/]: load and profile")
         subject = _subject(name, affinity, console)
-        results["models"][name] = _bench(subject, affinity, options, console)
+        with tempfile.TemporaryDirectory() as folder:
+            results["models"][name] = _bench(subject, affinity, options, console, Path(folder))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     for name, model in results["models"].items():
@@ -204,7 +211,7 @@ def main() -> None:
 
 
 def _bench(
-    subject: Subject, affinity: CpuAffinity, options: argparse.Namespace, console: Console
+    subject: Subject, affinity: CpuAffinity, options: argparse.Namespace, console: Console, folder: Path
 ) -> dict[str, Any]:
     seconds = options.seconds or SECONDS[subject.name][options.quick]
     rounds = options.rounds or (1 if options.quick else ROUNDS[subject.name])
@@ -217,14 +224,17 @@ def _bench(
         name: f"{name}:token_budget={budget}" if name == "chunked-prefill" else name for name in POLICIES
     }
     loads: dict[str, Any] = {}
+    simulator: dict[str, Any] = {}
     for load, share in (("paced", PACED), ("saturated", SATURATED)):
         outcomes = {name: Outcome() for name in POLICIES}
         for round_ in range(rounds):
             arrivals = _arrivals(subject, capacity * share, seconds, seed=round_)
             for name in POLICIES[round_ % len(POLICIES) :] + POLICIES[: round_ % len(POLICIES)]:
                 console.print(f"  {load}, round {round_ + 1} of {rounds}: {name}, {len(arrivals)} requests")
-                _run(subject, affinity, choices[name], arrivals, outcomes[name])
+                log = None if round_ else folder / f"{load}-{name}.jsonl"
+                _run(subject, affinity, choices[name], arrivals, outcomes[name], log)
         loads[load] = {name: outcome.summary() for name, outcome in outcomes.items()}
+        simulator[load] = _simulated([folder / f"{load}-{name}.jsonl" for name in POLICIES])
     return {
         "shape": {"layers": subject.config.num_layers, "hidden": subject.config.hidden_size,
                   "vocab": subject.config.vocab_size, "dtype": str(subject.decoder.weights.dtype)},
@@ -237,8 +247,18 @@ def _bench(
         "ideal_work_ratio_by_the_table": _ideal(subject),
         "slowdown": [list(row) for row in ((r.prefill_factor, r.decode_factor) for r in subject.table.slowdown)],
         "loads": loads,
+        "simulator": simulator,
         "found": _found(loads),
     }  # fmt: skip
+
+
+def _simulated(logs: Sequence[Path]) -> dict[str, Any]:
+    """The simulator's relative errors by policy, and how its ranking of the policies agrees, per statistic."""
+    report = replay([str(log) for log in logs], [], None, plugins.load(installed=False))
+    return {
+        "error": {found["dispatch"]: found["error"] for found in report["logs"]},
+        "tau": {name: found["tau"] for name, found in report["ranking"]["statistics"].items()},
+    }
 
 
 def _found(loads: dict[str, Any]) -> dict[str, float]:
@@ -257,9 +277,14 @@ def _found(loads: dict[str, Any]) -> dict[str, float]:
 
 
 def _run(
-    subject: Subject, affinity: CpuAffinity, policy: str, arrivals: Sequence[Request], outcome: Outcome
+    subject: Subject,
+    affinity: CpuAffinity,
+    policy: str,
+    arrivals: Sequence[Request],
+    outcome: Outcome,
+    log: Path | None,
 ) -> None:
-    """Serve the arrivals once, from an empty cache."""
+    """Serve the arrivals once, from an empty cache; `log`: where the decision log goes."""
     plan = plan_pool(_pool_bytes(subject), _page_bytes(subject), 16, subject.config.max_context)
     executor = cpu_executor(subject.decoder, subject.cache, plan, affinity)
     timed_submit(executor, outcome.submit)
@@ -273,6 +298,9 @@ def _run(
     limits = Limits(max_running=MAX_RUNNING, max_context_tokens=subject.config.max_context)
     scheduler = Scheduler(executor.device, executor.kv, dispatch, partitions, costs, limits)
     watcher = Watcher(outcome, len(arrivals), executor.shut_down)
+    settings = {"dispatch": policy, "partition": "tightest-decode"}
+    decisions = None if log is None else DecisionLog(log, scheduler, settings)
+    observers: list[Observer] = [watcher] if decisions is None else [watcher, decisions]
     begun = time.monotonic() + 0.05
 
     def generate() -> None:
@@ -283,11 +311,13 @@ def _run(
     generator = threading.Thread(target=generate, daemon=True)
     generator.start()
     try:
-        serve(scheduler, executor, watcher.deliver, [watcher], stopwatch=time.perf_counter)
+        serve(scheduler, executor, watcher.deliver, observers, stopwatch=time.perf_counter)
         outcome.seconds += time.monotonic() - begun
     finally:
         generator.join()
         executor.close()
+        if decisions is not None:
+            decisions.close()
 
 
 def _shifted(arrivals: Sequence[Request], begun: float) -> Iterator[Request]:
@@ -446,6 +476,12 @@ def _print(name: str, model: dict[str, Any]) -> None:
             table.add_row(load, policy, *times, *rates, *host)
         table.add_section()
     Console(width=140).print(table)
+    for load, simulated in model["simulator"].items():
+        worst = {name: max(map(abs, error.values())) for name, error in simulated["error"].items()}
+        tau = ", ".join(f"{name} {value:.2f}" for name, value in simulated["tau"].items())
+        print(
+            f"{load}: the simulator's worst error {max(worst.values()):.0%}; Kendall's tau of its ranking: {tau}"
+        )
     found = model["found"]
     print(
         f"by the profile, splitting could do {model['ideal_work_ratio_by_the_table']:.2f}x the work at best; "
