@@ -170,7 +170,10 @@ class Submission:
 
     def _look_at_lag(self) -> None:
         """The reader is busy, with sending if it is alive: past a bound, end what it reads."""
-        behind = max(len(request.token_ids) for request in self.requests)
+        requests = self.requests
+        behind = len(requests[0].token_ids)
+        if len(requests) > 1:
+            behind = max(len(request.token_ids) for request in requests)
         if self._left or not behind:
             return
         stuck = self._busy_since and time.monotonic() - self._busy_since > MAX_STUCK_S
