@@ -23,9 +23,9 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from drift_gateway.access.security import Security, SecurityOptions
+from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.connection import Tls
-from drift_gateway.security import Security, SecurityOptions
-from drift_gateway.tenants import new_token, token_entry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from gateway_under_test import UnderTest, gateway_running

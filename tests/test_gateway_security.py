@@ -12,13 +12,14 @@ import grpc
 import pytest
 from gateway_under_test import UnderTest, run_with_gateway
 
-from drift_gateway import auth, server
 from drift_gateway import client as api
+from drift_gateway import server
+from drift_gateway.access import auth
+from drift_gateway.access.security import Security, SecurityOptions
+from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.admin import AdminPort
 from drift_gateway.connection import Connection
 from drift_gateway.metrics import MetricsPage
-from drift_gateway.security import Security, SecurityOptions
-from drift_gateway.tenants import new_token, token_entry
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2, info_pb2_grpc
 

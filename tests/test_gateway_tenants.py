@@ -11,13 +11,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from drift_gateway.auth import Complaints
-from drift_gateway.cli_security import token as token_command
-from drift_gateway.connection import Connection, Tls, connection_options, is_local
-from drift_gateway.refusal import Reason, Refusal
-from drift_gateway.security import SecurityOptions
-from drift_gateway.server import Address, check_address
-from drift_gateway.tenants import (
+from drift_gateway.access.auth import Complaints
+from drift_gateway.access.security import SecurityOptions
+from drift_gateway.access.tenants import (
     Bucket,
     Limits,
     Role,
@@ -29,6 +25,10 @@ from drift_gateway.tenants import (
     new_token,
     token_entry,
 )
+from drift_gateway.cli_security import token as token_command
+from drift_gateway.connection import Connection, Tls, connection_options, is_local
+from drift_gateway.refusal import Reason, Refusal
+from drift_gateway.server import Address, check_address
 from drift_scheduler.errors import DriftError
 
 DIGEST = "a" * 64

@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from drift_gateway import cli, serving
 from drift_gateway import client as api
+from drift_gateway.access.security import Security, SecurityOptions
+from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.connection import Connection, Tls
-from drift_gateway.security import Security, SecurityOptions
-from drift_gateway.tenants import new_token, token_entry
 from drift_scheduler.errors import DriftError
 
 LONG_AGO = datetime(2019, 1, 1, tzinfo=UTC)

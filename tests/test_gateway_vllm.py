@@ -15,10 +15,10 @@ from gateway_under_test import END_OF_TEXT, UnderTest, ready_in, run_with_gatewa
 
 from drift_core.frames import Submit
 from drift_core.tokenizer import Tokenizer
+from drift_gateway.access.security import Security, SecurityOptions
+from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
 from drift_gateway.compat.wire import vllm_engine_pb2_grpc
-from drift_gateway.security import Security, SecurityOptions
-from drift_gateway.tenants import new_token, token_entry
 
 
 def asked(ids: tuple[int, ...] = (1, 2, 3), stream: bool = True, **params: Any) -> vllm.GenerateRequest:

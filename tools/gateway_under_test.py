@@ -19,10 +19,10 @@ from fake_engine import READY, FakeEngine
 
 from drift_core.frames import Ready
 from drift_gateway import client as client_module
+from drift_gateway.access.security import Security
 from drift_gateway.client import AsyncDriftClient
 from drift_gateway.connection import Tls
 from drift_gateway.gate import GateLimits
-from drift_gateway.security import Security
 from drift_gateway.server import Address, Gateway
 from drift_gateway.supervisor import Backoff, EngineProcess, Supervisor
 

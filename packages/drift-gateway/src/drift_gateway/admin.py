@@ -23,12 +23,12 @@ from google.protobuf.message import Message
 from grpc_reflection.v1alpha import reflection
 
 from drift_core.frames import Answer, Call, FlushPrefixes, SetPolicy, StartTrace, StopTrace
+from drift_gateway.access.security import Security
+from drift_gateway.access.tenants import current_tenant
 from drift_gateway.info import READINESS
 from drift_gateway.refusal import Reason, Refusal, invalid, refusals_as_statuses
-from drift_gateway.security import Security
 from drift_gateway.server import SERVER_OPTIONS, Address, check_address
 from drift_gateway.supervisor import Supervisor
-from drift_gateway.tenants import current_tenant
 from drift_gateway.v1 import admin_pb2 as pb
 from drift_gateway.v1 import admin_pb2_grpc, info_pb2
 from drift_scheduler.errors import DriftError

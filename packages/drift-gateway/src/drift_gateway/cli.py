@@ -22,7 +22,7 @@ from drift_scheduler.errors import DriftError
 
 if TYPE_CHECKING:
     from drift_core.engine import EngineConfig
-    from drift_gateway.security import SecurityOptions
+    from drift_gateway.access.security import SecurityOptions
     from drift_gateway.serving import OperationsOptions
 
     # Older releases of click have no type parameters here.

@@ -28,7 +28,7 @@ def security_options(command: F) -> F:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        from drift_gateway.security import SecurityOptions
+        from drift_gateway.access.security import SecurityOptions
 
         files = {field: kwargs.pop(option) for option, field in _OPTIONS.items()}
         return command(*args, security=SecurityOptions(**files), **kwargs)
@@ -62,7 +62,7 @@ def new(tenant: str, days: int | None, path: Path | None) -> None:
 
     The tenants file gets its digest only: whoever reads that file learns no token.
     """
-    from drift_gateway.tenants import add_to_file, new_token, token_entry
+    from drift_gateway.access.tenants import add_to_file, new_token, token_entry
 
     made = new_token()
     expires = None if days is None else datetime.now(UTC) + timedelta(days=days)

@@ -21,11 +21,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from drift_core.link import EngineClient
+from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.compat import add_services
 from drift_gateway.gate import GateLimits
 from drift_gateway.generation import Generations, GenerationService
 from drift_gateway.info import InfoService
-from drift_gateway.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.supervisor import State, Supervisor
 from drift_gateway.v1 import generation_pb2, generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from drift_core.sampling_params import MAX_N
 from drift_gateway import __version__
+from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call, call_of
 from drift_gateway.compat.endings import finish_reason
 from drift_gateway.compat.sampling_json import set_form
@@ -24,7 +25,6 @@ from drift_gateway.compat.wire import vllm_engine_pb2_grpc
 from drift_gateway.generation import Generations
 from drift_gateway.refusal import Reason, Refusal, invalid, refusals_as_statuses
 from drift_gateway.supervisor import State, Supervisor
-from drift_gateway.tenants import current_tenant
 from drift_gateway.v1 import generation_pb2 as pb
 
 _FORMS: Final = {"json_schema": "json", "regex": "regex", "json_object": "json_object"}

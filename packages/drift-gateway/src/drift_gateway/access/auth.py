@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import grpc
 
+from drift_gateway.access.tenants import Role, Tenant, Tenants, set_current_tenant
 from drift_gateway.refusal import Reason, Refusal, abort
-from drift_gateway.tenants import Role, Tenant, Tenants, set_current_tenant
 
 log = logging.getLogger("drift.gateway")
 

@@ -13,9 +13,9 @@ from typing import Final
 
 import grpc
 
-from drift_gateway.auth import Authenticator
-from drift_gateway.tenants import Tenant, Tenants
-from drift_gateway.tls import ServerTls, TlsFiles
+from drift_gateway.access.auth import Authenticator
+from drift_gateway.access.tenants import Tenant, Tenants
+from drift_gateway.access.tls import ServerTls, TlsFiles
 from drift_scheduler.errors import DriftError
 
 
