@@ -9,7 +9,7 @@ from rich.console import Console
 
 from drift_gateway import client as api
 from drift_gateway import demo
-from drift_gateway.timeline_chart import Span, bins, chart
+from drift_gateway.observe.timeline_chart import Span, bins, chart
 
 
 def test_stretches_are_averaged_over_time() -> None:

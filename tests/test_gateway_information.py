@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from drift_core.frames import FinishedItem, LoadItem, StepFrame, TokensItem
 from drift_gateway import client as api
+from drift_gateway.observe.timeline import Stretch, Timeline, Use
 from drift_gateway.server import GENERATION, INFO
-from drift_gateway.timeline import Stretch, Timeline, Use
 from drift_gateway.v1 import info_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

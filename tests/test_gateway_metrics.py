@@ -15,13 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem
 from drift_core.sampling_params import SamplingParams
-from drift_gateway import cli_operations, service_stats
+from drift_gateway import cli_operations
 from drift_gateway import client as api
 from drift_gateway.http_port import HttpPort
 from drift_gateway.http_routes import add_operations
 from drift_gateway.metrics import METRICS, table
+from drift_gateway.observe import service_stats
+from drift_gateway.observe.service_stats import MAX_CLASSES, EndedOutput, ServiceStats
 from drift_gateway.server import Address
-from drift_gateway.service_stats import MAX_CLASSES, EndedOutput, ServiceStats
 from drift_scheduler.domain import SLO
 from drift_scheduler.errors import DriftError
 

@@ -24,11 +24,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from drift_core.frames import Pong
 from drift_gateway import client as api
 from drift_gateway import server
-from drift_gateway.access_log import AccessLog
 from drift_gateway.heartbeat import hang_of
-from drift_gateway.request_record import RequestRecord
+from drift_gateway.observe.access_log import AccessLog
+from drift_gateway.observe.request_record import RequestRecord
+from drift_gateway.observe.spans import Spans
 from drift_gateway.server import GENERATION, INFO
-from drift_gateway.spans import Spans
 from drift_gateway.supervisor import Supervisor
 from drift_scheduler.errors import DriftError
 

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from drift_gateway.http_port import HttpPort
 from drift_gateway.info import InfoService
-from drift_gateway.readings import STRIP_LIMIT, Reading, Readings
+from drift_gateway.observe.readings import STRIP_LIMIT, Reading, Readings
 
 INTERVAL_S: Final = 0.25
 HISTORY_S: Final = 31.0

@@ -35,7 +35,7 @@ from drift_gateway.client import (
     Unavailable,
 )
 from drift_gateway.connection import Connection
-from drift_gateway.timeline_chart import Span, chart
+from drift_gateway.observe.timeline_chart import Span, chart
 from drift_gateway.v1 import info_pb2
 from drift_scheduler.errors import DriftError
 

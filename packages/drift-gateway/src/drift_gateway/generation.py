@@ -20,10 +20,10 @@ from drift_gateway import prompts
 from drift_gateway.admission import Admitted, check, tokenized
 from drift_gateway.calls import Call, call_of
 from drift_gateway.gate import Gate, GateLimits, Verdict
+from drift_gateway.observe.request_record import Recorder, RequestRecord, tell
+from drift_gateway.observe.splits_used import SplitsUsed
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
-from drift_gateway.request_record import Recorder, RequestRecord, tell
-from drift_gateway.splits_used import SplitsUsed
 from drift_gateway.supervisor import Served, Supervisor
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc

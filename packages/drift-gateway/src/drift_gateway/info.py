@@ -10,12 +10,12 @@ import grpc
 from drift_core.frames import Ready
 from drift_gateway import __version__
 from drift_gateway.installed import installed_plugins
+from drift_gateway.observe.service_stats import ClassReport
+from drift_gateway.observe.timeline import Stretch, Watcher
 from drift_gateway.outputs import wire_slo
 from drift_gateway.prompts import not_served
 from drift_gateway.refusal import Refusal, abort, invalid, refusals_as_statuses
-from drift_gateway.service_stats import ClassReport
 from drift_gateway.supervisor import Served, State, Supervisor
-from drift_gateway.timeline import Stretch, Watcher
 from drift_gateway.v1 import info_pb2 as pb
 from drift_gateway.v1 import info_pb2_grpc
 from drift_scheduler.domain import SLO

@@ -22,7 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from drift_gateway.access.tenants import Tenant
-from drift_gateway.service_stats import Buckets, Histograms
+from drift_gateway.observe.service_stats import Buckets, Histograms
 from drift_gateway.supervisor import Supervisor
 from drift_scheduler.domain import FinishReason
 

@@ -30,10 +30,10 @@ from drift_core.tokenizer import Tokenizer
 from drift_gateway.access.tenants import Tenant, cache_salt, current_tenant
 from drift_gateway.forms import FORMS
 from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT, hang_of
+from drift_gateway.observe.service_stats import EndedOutput, ServiceStats
+from drift_gateway.observe.splits_used import SplitsUsed
+from drift_gateway.observe.timeline import Timeline
 from drift_gateway.refusal import Reason, Refusal, refusal_of
-from drift_gateway.service_stats import EndedOutput, ServiceStats
-from drift_gateway.splits_used import SplitsUsed
-from drift_gateway.timeline import Timeline
 from drift_gateway.workload_ahead import WorkloadAhead
 from drift_scheduler.errors import DriftError
 

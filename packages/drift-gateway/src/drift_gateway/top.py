@@ -23,8 +23,8 @@ from rich.text import Text
 
 from drift_gateway.client import AsyncDriftClient, RequestError, unanswered
 from drift_gateway.connection import Connection
-from drift_gateway.readings import Reading, Readings
-from drift_gateway.timeline_chart import Bin, Span, columns, strip
+from drift_gateway.observe.readings import Reading, Readings
+from drift_gateway.observe.timeline_chart import Bin, Span, columns, strip
 from drift_scheduler.errors import DriftError
 
 STRIP_S: Final = 30.0

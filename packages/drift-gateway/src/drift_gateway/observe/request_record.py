@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 from drift_core.link import EngineGone
 from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call
+from drift_gateway.observe.service_stats import EndedOutput
 from drift_gateway.refusal import Reason, Refusal
-from drift_gateway.service_stats import EndedOutput
 
 if TYPE_CHECKING:
     from drift_gateway.v1 import generation_pb2 as pb

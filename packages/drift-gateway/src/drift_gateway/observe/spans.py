@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from drift_gateway.request_record import RequestRecord
-from drift_gateway.service_stats import EndedOutput
+from drift_gateway.observe.request_record import RequestRecord
+from drift_gateway.observe.service_stats import EndedOutput
 from drift_scheduler.errors import DriftError
 
 if TYPE_CHECKING:

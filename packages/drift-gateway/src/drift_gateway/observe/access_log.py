@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import msgspec
 
-from drift_gateway.request_record import RequestRecord
-from drift_gateway.service_stats import EndedOutput
+from drift_gateway.observe.request_record import RequestRecord
+from drift_gateway.observe.service_stats import EndedOutput
 from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.gateway")

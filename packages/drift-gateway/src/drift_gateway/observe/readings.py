@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Final
 
-from drift_gateway.timeline_chart import Span, columns
+from drift_gateway.observe.timeline_chart import Span, columns
 from drift_gateway.v1 import info_pb2 as pb
 
 SCHEMA: Final = "drift.stats/1"
