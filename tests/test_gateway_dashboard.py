@@ -17,10 +17,10 @@ from browser import Page, browsing, chromium
 from gateway_under_test import PATIENCE_S, UnderTest, gateway_running
 
 from drift_core.frames import LoadItem, StepFrame
-from drift_gateway import dashboard
 from drift_gateway.client import SLO
-from drift_gateway.dashboard import add_dashboard
-from drift_gateway.http_port import HttpPort
+from drift_gateway.http import dashboard
+from drift_gateway.http.dashboard import add_dashboard
+from drift_gateway.http.port import HttpPort
 from drift_gateway.server import Address
 
 PROGRAM = chromium()

@@ -17,9 +17,9 @@ from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem
 from drift_core.sampling_params import SamplingParams
 from drift_gateway import cli_operations
 from drift_gateway import client as api
-from drift_gateway.http_port import HttpPort
-from drift_gateway.http_routes import add_operations
-from drift_gateway.metrics import METRICS, table
+from drift_gateway.http.metrics import METRICS, table
+from drift_gateway.http.operations import add_operations
+from drift_gateway.http.port import HttpPort
 from drift_gateway.observe import service_stats
 from drift_gateway.observe.service_stats import MAX_CLASSES, EndedOutput, ServiceStats
 from drift_gateway.server import Address
@@ -272,7 +272,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "operations.md"
 def test_the_page_for_operators_lists_the_metrics_there_are() -> None:
     told = PAGE.read_text(encoding="utf-8").partition("<!-- metrics -->\n")[2]
     assert told.partition("<!-- end of metrics -->")[0] == table(), (
-        "python -m drift_gateway.metrics writes it"
+        "python -m drift_gateway.http.metrics writes it"
     )
 
 

@@ -19,7 +19,7 @@ from drift_gateway.access.security import Security, SecurityOptions
 from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.admin import AdminPort
 from drift_gateway.connection import Connection
-from drift_gateway.metrics import MetricsPage
+from drift_gateway.http.metrics import MetricsPage
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2, info_pb2_grpc
 

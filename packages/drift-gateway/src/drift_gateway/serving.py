@@ -33,11 +33,11 @@ from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.admin import AdminPort, check_admin_address
-from drift_gateway.dashboard import add_dashboard
 from drift_gateway.gate import DEFAULT_LIMITS, GateLimits
 from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT
-from drift_gateway.http_port import HttpPort
-from drift_gateway.http_routes import add_operations
+from drift_gateway.http.dashboard import add_dashboard
+from drift_gateway.http.operations import add_operations
+from drift_gateway.http.port import HttpPort
 from drift_gateway.observe.access_log import AccessLog
 from drift_gateway.observe.spans import Spans, spans_to
 from drift_gateway.server import Address, Gateway, check_address

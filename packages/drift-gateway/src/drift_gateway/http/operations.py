@@ -6,8 +6,8 @@ import time
 
 from aiohttp import web
 
-from drift_gateway.http_port import HttpPort
-from drift_gateway.metrics import CONTENT_TYPE, MetricsPage
+from drift_gateway.http.metrics import CONTENT_TYPE, MetricsPage
+from drift_gateway.http.port import HttpPort
 from drift_gateway.supervisor import Supervisor
 
 

@@ -17,7 +17,7 @@ from typing import Final
 
 from aiohttp import web
 
-from drift_gateway.http_port import HttpPort
+from drift_gateway.http.port import HttpPort
 from drift_gateway.info import InfoService
 from drift_gateway.observe.readings import STRIP_LIMIT, Reading, Readings
 
@@ -90,7 +90,7 @@ class Dashboard:
 
 
 def _page(name: str, kind: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    text = (files("drift_gateway") / "web" / name).read_text(encoding="utf-8")
+    text = (files("drift_gateway.http") / "web" / name).read_text(encoding="utf-8")
 
     async def page(request: web.Request) -> web.Response:
         return web.Response(
