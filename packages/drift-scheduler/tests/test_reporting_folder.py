@@ -250,6 +250,17 @@ def test_a_timeline_shows_decode_below_and_prefill_above() -> None:
         assert label in svg
 
 
+def test_a_timeline_of_streams_shows_both_though_nothing_is_divided() -> None:
+    spans = (
+        Span("decode", 0.0, 0.1, "streams", 108, 108, 8, None),
+        Span("prefill", 0.0, 0.1, "streams", 108, 108, 500, (0, 32)),
+    )
+    svg = charts.timeline_chart(recording(spans=spans), "t")
+    assert "stream of decode" in svg
+    assert "stream of prefill" in svg
+    assert "fused" not in svg
+
+
 def test_a_tail_reads_as_a_share_of_values_above() -> None:
     points = charts._tail(np.arange(1, 1001) / 1000)
     shares = {round(x, 3): share for x, share in points}

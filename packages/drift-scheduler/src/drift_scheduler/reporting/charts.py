@@ -162,9 +162,9 @@ def ratio_chart(result: Result, cells: Sequence[Cell], title: str) -> str:
         title, (0, len(cells)), (0, max(top, 1.0) * 1.08), "", f"goodput / {base}", width=1300, height=340,
         y_text=lambda y: f"{y:g}×", x_text=lambda x: "",
     )  # fmt: skip
-    each = 0.8 / len(policies)
+    each = min(0.8 / len(policies), 0.08 * len(cells))
     for c, p, ratio, interval in bars:
-        x = c + 0.1 + p * each
+        x = c + 0.5 + (p - len(policies) / 2) * each
         cell, policy = cells[c], policies[p]
         rate = result.goodput[cell.key][policy].rate
         chart.box(x, x + each * 0.88, 0, ratio, colour(p), f"{policy}: {rate:.4g} requests/s, {ratio:.2f}×")
@@ -220,6 +220,9 @@ def _area(span: Span, units: int) -> tuple[str, str, float, float]:
     if span.sharing == "temporal":
         fill = SHARING_COLOURS["exclusive decode"] if span.lane == "decode" else SHARING_COLOURS["temporal"]
         return ("temporal decode" if span.lane == "decode" else "temporal prefill"), fill, 0, units
+    if span.sharing == "streams":  # either may have any unit; shown as halves, so that both are seen
+        low, high = (0.0, units / 2) if span.lane == "decode" else (units / 2, float(units))
+        return f"stream of {span.lane}", DECODE if span.lane == "decode" else PREFILL, low, high
     return "fused", SHARING_COLOURS["fused"], 0, units
 
 

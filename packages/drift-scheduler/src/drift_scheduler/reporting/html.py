@@ -10,7 +10,7 @@ from drift_scheduler.goodput import WINDOW, PolicyGoodput, ratios
 from drift_scheduler.reporting.svg import FONT, seconds
 
 STYLE = f"""
-:root {{ color-scheme: light }}
+:root {{ color-scheme: light dark }}
 * {{ box-sizing: border-box }}
 body {{ margin: 0; font: 15px/1.5 {FONT}; color: #1f2933; background: #f4f6f8 }}
 main {{ max-width: 1360px; margin: 0 auto; padding: 28px 24px 60px }}
@@ -18,9 +18,10 @@ h1 {{ font-size: 26px; margin: 0 0 4px }} h2 {{ font-size: 19px; margin: 34px 0 
 h3 {{ font-size: 15px; margin: 22px 0 8px }}
 p {{ max-width: 80em; margin: 6px 0 }} .soft {{ color: #61707f }}
 .card {{ background: #fff; border: 1px solid #dfe4e9; border-radius: 8px; padding: 14px; overflow-x: auto }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 16px }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 16px }}
 .wide {{ grid-column: 1 / -1 }}
 svg {{ max-width: 100%; height: auto; display: block }}
+.wide svg {{ min-width: 760px }}
 table {{ border-collapse: collapse; width: 100% }}
 th, td {{ padding: 6px 12px; text-align: right; border-bottom: 1px solid #e6eaee; white-space: nowrap;
   font-variant-numeric: tabular-nums }}
@@ -29,6 +30,15 @@ th:first-child, td:first-child {{ text-align: left }}
 td small {{ color: #61707f; margin-left: 6px }}
 tr.first td {{ font-weight: 600 }} td.best {{ background: #e3f6ec }} td.never {{ color: #a61e4d }}
 code {{ background: #eef1f4; padding: 1px 5px; border-radius: 4px }}
+@media (max-width: 560px) {{
+  main {{ padding: 18px 10px 40px }} .card {{ padding: 8px }} th, td {{ padding: 5px 7px }}
+}}
+@media (prefers-color-scheme: dark) {{
+  body {{ color: #dde3e9; background: #0f1419 }} .soft, td small {{ color: #93a1af }} th {{ color: #b4bfca }}
+  .card {{ background: #1a1a1a; border-color: #303030 }} th, td {{ border-color: #303030 }}
+  td.best {{ background: #123526 }} td.never {{ color: #ff8fb3 }} code {{ background: #242c35 }}
+  svg {{ filter: invert(.9) hue-rotate(180deg) }}
+}}
 """
 
 
@@ -40,7 +50,7 @@ def to_html(result: Result, pictures: Mapping[str, Mapping[str, str]], overview:
         f'<p class="soft">{escape(_subtitle(result))}</p>',
         "<h2>Goodput</h2>",
         *(_table(result, cells) for cells in groups(result.grid.cells)),
-        *(f'<div class="card" style="margin-top:16px">{svg}</div>' for svg in overview),
+        *(f'<div class="card wide" style="margin-top:16px">{svg}</div>' for svg in overview),
         *(_detail(detail, pictures[detail.cell.key]) for detail in result.details),
         "<h2>Limits and tuning</h2>",
         _limits(result),

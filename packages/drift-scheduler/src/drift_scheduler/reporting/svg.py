@@ -169,11 +169,11 @@ class Chart:
             self.text(px + shift, self.top + 12 + 13 * row, text, anchor, 11, stroke)
 
     def at_y(self, y: float, text: str = "", stroke: str = SOFT) -> None:
-        """A horizontal dashed line with a note at its right end."""
+        """A horizontal dashed line with a note at its left end."""
         py = self.sy(y)
         self._rule(self.left, py, self.width - self.right, py, stroke)
         if text:
-            self.text(self.width - self.right - 3, py - 4, text, "end", 11, stroke)
+            self.text(self.left + 4, py - 4, text, "start", 11, stroke)
 
     def key(self, label: str, fill: str) -> None:
         """A legend entry for filled marks."""
