@@ -18,8 +18,8 @@ import pytest
 from gateway_under_test import PATIENCE_S, UnderTest, ready_in, run_with_gateway
 
 from drift_core.frames import Submit
-from drift_gateway.chat import printable, proof, targets
 from drift_gateway.client import SLO, Finished, Timing, Usage
+from drift_gateway.terminal.chat import printable, proof, targets
 
 COMMAND = (sys.executable, "-m", "drift_scheduler.cli", "chat", "--target")
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from drift_gateway import client as api
-from drift_gateway import demo
 from drift_gateway.observe.timeline_chart import Span, bins, chart
+from drift_gateway.terminal import demo
 
 
 def test_stretches_are_averaged_over_time() -> None:

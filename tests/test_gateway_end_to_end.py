@@ -177,9 +177,13 @@ def test_a_stop_string_cuts_the_text_of_the_real_model(target: str) -> None:
 
 @pytest.mark.slow
 def test_the_demo_finishes_every_request() -> None:
-    """`python -m drift_gateway.demo`, as README has people run it."""
+    """`python -m drift_gateway.terminal.demo`, as README has people run it."""
     done = subprocess.run(
-        [sys.executable, "-m", "drift_gateway.demo"], capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-m", "drift_gateway.terminal.demo"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for heading in ("TTFT s", "TBT", "partition over time", "every request finished"):

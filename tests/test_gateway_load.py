@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from drift_gateway.connection import Connection
-from drift_gateway.load import LoadOptions, measure
-from drift_gateway.load_account import Account, DeviceTime, Outcome
-from drift_gateway.load_prompts import PromptMaker, fit
+from drift_gateway.terminal.load import LoadOptions, measure
+from drift_gateway.terminal.load_account import Account, DeviceTime, Outcome
+from drift_gateway.terminal.load_prompts import PromptMaker, fit
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import info_pb2
 from drift_scheduler.domain import SLO, FinishReason, Request

@@ -21,7 +21,7 @@ from drift_gateway.client import AsyncDriftClient
 from drift_gateway.connection import Connection
 from drift_gateway.observe.readings import Reading, Readings, compact, span_of, split_of
 from drift_gateway.observe.timeline_chart import Span, columns, strip
-from drift_gateway.top import History, Lost, follow, frame, run
+from drift_gateway.terminal.top import History, Lost, follow, frame, run
 from drift_gateway.v1 import info_pb2 as pb
 from drift_scheduler.errors import DriftError
 

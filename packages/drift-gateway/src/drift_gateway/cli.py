@@ -289,6 +289,6 @@ def _check_policies(config: EngineConfig) -> None:
 def demo(connection: Connection | None) -> int:
     """Stream a handful of concurrent requests of very different lengths, and show how each fared."""
     _quiet_grpc()
-    from drift_gateway.demo import run
+    from drift_gateway.terminal.demo import run
 
     return run(connection)

@@ -65,7 +65,7 @@ def load(connection: Connection, json_path: str | None, **settings: Any) -> int:
     _quiet_grpc()
     from rich.console import Console
 
-    from drift_gateway.load import LoadOptions, run
+    from drift_gateway.terminal.load import LoadOptions, run
     from drift_scheduler.cli import emit
     from drift_scheduler.plugins import load as load_plugins
 
@@ -91,7 +91,7 @@ def top(connection: Connection, once: bool, lines: bool, interval: float) -> int
     _quiet_grpc()
     from rich.console import Console
 
-    from drift_gateway.top import run
+    from drift_gateway.terminal.top import run
 
     return run(connection, Console(highlight=False), once=once, lines=lines, interval=interval)
 
@@ -119,8 +119,8 @@ def chat(
 
     from rich.console import Console
 
-    from drift_gateway.chat import ChatOptions, run
     from drift_gateway.client import SLO
+    from drift_gateway.terminal.chat import ChatOptions, run
 
     options = ChatOptions(connection, system, SLO(slo_ttft, slo_tbt), **settings)
     piped = not (sys.stdin.isatty() and sys.stdout.isatty())

@@ -327,7 +327,7 @@ def _span(stretch: info_pb2.Stretch) -> Span:
 
 
 def main() -> int:
-    """`python -m drift_gateway.demo`."""
+    """`python -m drift_gateway.terminal.demo`."""
     try:
         return run()
     except DriftError as error:

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drift_gateway import __version__
 from drift_gateway.client import CHANNEL_OPTIONS, AsyncDriftClient, RequestError, error_of, unanswered
 from drift_gateway.connection import Connection
-from drift_gateway.load_account import Account, DeviceTime, Outcome
-from drift_gateway.load_prompts import Prompt, PromptMaker
+from drift_gateway.terminal.load_account import Account, DeviceTime, Outcome
+from drift_gateway.terminal.load_prompts import Prompt, PromptMaker
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2
 from drift_scheduler.domain import SLO, FinishReason, Request
