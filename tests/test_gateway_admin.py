@@ -18,9 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from drift_core.frames import FlushPrefixes, SetPolicy, StartTrace
-from drift_gateway import cli, cli_admin, serving
 from drift_gateway import client as api
+from drift_gateway import serving
 from drift_gateway.admin import ADMIN, AdminPort
+from drift_gateway.commands.admin import admin as admin_command
+from drift_gateway.commands.serve import serve as serve_command
 from drift_gateway.refusal import DETAILS_KEY, Reason
 from drift_gateway.server import GENERATION, INFO, Address
 from drift_gateway.v1 import admin_pb2 as pb
@@ -239,7 +241,7 @@ def test_drift_admin_makes_each_call(tmp_path: Path) -> None:
 
         async def drift_admin(line: str) -> tuple[int, str]:
             arguments = [*line.split(), "--target", f"127.0.0.1:{port.port}"]
-            result = await asyncio.to_thread(CliRunner().invoke, cli_admin.admin, arguments)
+            result = await asyncio.to_thread(CliRunner().invoke, admin_command, arguments)
             return result.exit_code, result.output
 
         for line, said in (
@@ -272,7 +274,7 @@ def test_the_options_for_operators(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(serving, "serve", lambda options, console: asked.append(options) or 0)
 
     def serve(line: str) -> tuple[int, str]:
-        result = CliRunner().invoke(cli.serve, line.split())
+        result = CliRunner().invoke(serve_command, line.split())
         return result.exit_code, result.output
 
     assert serve("") == (0, "")

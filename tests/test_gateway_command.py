@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from drift_gateway import cli, serving
+from drift_gateway import serving
+from drift_gateway.commands.serve import serve as serve_command
 from drift_gateway.server import Address, check_address, parse_address
 from drift_scheduler.errors import DriftError
 
@@ -36,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[serving.ServeOptions]:
 
 
 def serve(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.serve, arguments)
+    result = CliRunner().invoke(serve_command, arguments)
     return result.exit_code, result.output
 
 
@@ -222,8 +223,8 @@ def test_what_the_engine_refuses_is_one_line_and_exit_code_2(flags: list[str], c
 
 
 def test_a_gateway_process_never_loads_torch() -> None:
-    check = "import sys, drift_gateway.serving, drift_gateway.cli; from drift_scheduler import plugins; plugins.load()"
-    check += "; sys.exit('torch' in sys.modules)"
+    check = "import sys, drift_gateway.serving, drift_gateway.commands.serve"
+    check += "; from drift_scheduler import plugins; plugins.load(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
 
 

@@ -177,9 +177,8 @@ def test_a_stop_string_cuts_the_text_of_the_real_model(target: str) -> None:
 
 @pytest.mark.slow
 def test_the_demo_finishes_every_request() -> None:
-    """`python -m drift_gateway.terminal.demo`, as README has people run it."""
     done = subprocess.run(
-        [sys.executable, "-m", "drift_gateway.terminal.demo"],
+        [sys.executable, "-m", "drift_gateway", "demo"],
         capture_output=True,
         text=True,
         timeout=280,

@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem
 from drift_core.sampling_params import SamplingParams
-from drift_gateway import cli_operations
 from drift_gateway import client as api
+from drift_gateway.commands import serve_operations
 from drift_gateway.http.metrics import METRICS, table
 from drift_gateway.http.operations import add_operations
 from drift_gateway.http.port import HttpPort
@@ -278,5 +278,5 @@ def test_the_page_for_operators_lists_the_metrics_there_are() -> None:
 
 def test_the_page_for_operators_knows_every_option_they_have() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for name in (*cli_operations.OPTIONS, "http", "grace"):
+    for name in (*serve_operations.OPTIONS, "http", "grace"):
         assert f"`--{name.replace('_', '-')} " in page, name

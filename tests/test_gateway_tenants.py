@@ -25,7 +25,7 @@ from drift_gateway.access.tenants import (
     new_token,
     token_entry,
 )
-from drift_gateway.cli_security import token as token_command
+from drift_gateway.commands.token import token as token_command
 from drift_gateway.connection import Connection, Tls, connection_options, is_local
 from drift_gateway.refusal import Reason, Refusal
 from drift_gateway.server import Address, check_address

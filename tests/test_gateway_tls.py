@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from gateway_under_test import UnderTest, run_with_gateway
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from drift_gateway import cli, serving
 from drift_gateway import client as api
+from drift_gateway import serving
 from drift_gateway.access.security import Security, SecurityOptions
 from drift_gateway.access.tenants import new_token, token_entry
+from drift_gateway.commands.serve import serve as serve_command
 from drift_gateway.connection import Connection, Tls
 from drift_scheduler.errors import DriftError
 
@@ -331,7 +332,7 @@ def test_serve_says_it_before_anything_is_started(ours: Authority, monkeypatch: 
     monkeypatch.setattr(serving, "_serve", started)
     options = _mismatched(ours)
     flags = ["--listen", "127.0.0.1:0", "--tls-cert", str(options.certificate), "--tls-key", str(options.key)]
-    result = CliRunner().invoke(cli.serve, flags)
+    result = CliRunner().invoke(serve_command, flags)
     assert result.exit_code == 2
     assert "is not the key of the certificate" in result.output
 
@@ -343,7 +344,7 @@ def test_the_configuration_file_reaches_it_too(
     monkeypatch.setattr(serving, "serve", lambda options, console: asked.append(options) or 0)
     config = tmp_path / "drift.toml"
     config.write_text("tls-cert = 'c.pem'\ntls-key = 'k.pem'\ntls-client-ca = 'ca.pem'\ntenants = 't.toml'\n")
-    result = CliRunner().invoke(cli.serve, ["--config", str(config), "--tls-key", "other.pem"])
+    result = CliRunner().invoke(serve_command, ["--config", str(config), "--tls-key", "other.pem"])
     assert (result.exit_code, result.output) == (0, "")
     expected = SecurityOptions(Path("c.pem"), Path("other.pem"), Path("ca.pem"), Path("t.toml"))
     assert asked[0].security == expected

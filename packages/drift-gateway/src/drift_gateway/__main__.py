@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from drift_gateway import cli
+from drift_gateway.commands import clients, serve
 
 if __name__ == "__main__":
-    click.Group("drift", commands={"serve": cli.serve, "demo": cli.demo})()
+    click.Group("drift", commands={"serve": serve.serve, "demo": clients.demo})()

@@ -14,15 +14,15 @@ from drift_scheduler.hookspecs import hookimpl
 @hookimpl
 def drift_cli_commands() -> Mapping[str, Any]:
     """`drift serve`, `drift demo`, `drift token`, `drift admin`, and the commands that talk to a running server."""
-    from drift_gateway import cli, cli_admin, cli_clients, cli_security
+    from drift_gateway.commands import admin, clients, entry, serve, token
 
-    cli._quiet_grpc()  # here, because what reads the options of a command may load grpc before the command runs
+    entry.quiet_grpc()  # here, because what reads the options of a command may load grpc before the command runs
     return {
-        "serve": cli.serve,
-        "demo": cli.demo,
-        "chat": cli_clients.chat,
-        "load": cli_clients.load,
-        "top": cli_clients.top,
-        "token": cli_security.token,
-        "admin": cli_admin.admin,
+        "serve": serve.serve,
+        "demo": clients.demo,
+        "chat": clients.chat,
+        "load": clients.load,
+        "top": clients.top,
+        "token": token.token,
+        "admin": admin.admin,
     }

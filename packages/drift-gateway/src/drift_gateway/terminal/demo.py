@@ -324,16 +324,3 @@ def _span(stretch: info_pb2.Stretch) -> Span:
     decode = stretch.partition.decode_units if stretch.decode_requests else 0
     sharing = info_pb2.Sharing.Name(stretch.sharing).removeprefix("SHARING_").lower()
     return Span(stretch.start_us / 1e6, stretch.stop_us / 1e6, prefill, decode, sharing)
-
-
-def main() -> int:
-    """`python -m drift_gateway.terminal.demo`."""
-    try:
-        return run()
-    except DriftError as error:
-        print(f"drift demo: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

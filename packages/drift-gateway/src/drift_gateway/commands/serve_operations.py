@@ -11,15 +11,12 @@ from typing import Any, Final, TypeVar
 
 import click
 
+from drift_gateway.commands.entry import Refused
 from drift_scheduler.errors import DriftError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS: Final = ("admin", "trace_dir", "hang_timeout", "lame_duck", "access_log", "spans")
-
-
-class _Refused(click.ClickException):
-    exit_code = 2
 
 
 def operations_options(command: F) -> F:
@@ -31,7 +28,7 @@ def operations_options(command: F) -> F:
         try:
             operations = _read(**given)
         except DriftError as error:
-            raise _Refused(str(error)) from error
+            raise Refused(str(error)) from error
         return command(*args, operations=operations, **kwargs)
 
     wrapped: Any = run

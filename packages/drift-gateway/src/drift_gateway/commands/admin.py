@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from drift_gateway.cli import _exits, _quiet_grpc
+from drift_gateway.commands.entry import entry
 from drift_gateway.connection import Connection, connection_options
 from drift_scheduler.errors import DriftError
 
@@ -31,10 +31,9 @@ def _command(group: click.Group, name: str) -> Callable[[F], click.Command]:
     def decorate(ask: F) -> click.Command:
         @group.command(name)
         @connection_options(default=DEFAULT_TARGET, help="Where the server serves AdminService.")
-        @_exits
+        @entry
         @functools.wraps(ask)
         def run(connection: Connection, **options: Any) -> int:
-            _quiet_grpc()
             from drift_gateway.v1 import admin_pb2
 
             method, request, say = ask(admin_pb2, **options)

@@ -1,23 +1,20 @@
-"""`drift serve` and `drift demo`: their options, and the configuration file behind the flags.
+"""`drift serve`: its options, and the configuration file behind the flags.
 
 Option parsing only; grpc and the engine's configuration load when a command runs.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 import re
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from drift_gateway.cli_operations import operations_options
-from drift_gateway.cli_security import security_options
-from drift_gateway.connection import Connection, connection_options
+from drift_gateway.commands.entry import Refused, entry
+from drift_gateway.commands.serve_operations import operations_options
+from drift_gateway.commands.serve_security import security_options
 from drift_scheduler.errors import DriftError
 
 if TYPE_CHECKING:
@@ -31,32 +28,11 @@ if TYPE_CHECKING:
 else:
     _SizeType = _ChoiceType = click.ParamType
 
-P = ParamSpec("P")
-
 SIZE_UNITS: Final = {
     "": 1,
     "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
     "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40,
 }  # fmt: skip
-BAD_INPUT: Final = 2
-
-
-class _Refused(click.ClickException):
-    exit_code = BAD_INPUT
-
-
-def _exits(command: Callable[P, int]) -> Callable[P, NoReturn]:
-    """Exit with the command's status; a DriftError is one line and exit code 2."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> NoReturn:
-        try:
-            status = command(*args, **kwargs)
-        except DriftError as error:
-            raise _Refused(str(error)) from error
-        click.get_current_context().exit(status)
-
-    return run
 
 
 class ByteSize(_SizeType):
@@ -104,15 +80,15 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise _Refused(f"cannot read {path}: {error.strerror or error}") from error
+        raise Refused(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _Refused(f"{path} is not TOML: {error}") from error
+        raise Refused(f"{path} is not TOML: {error}") from error
     known = {(option.name or ""): option for option in ctx.command.params if option.name != "config"}
     defaults = {key.replace("-", "_"): value for key, value in values.items()}
     for key in defaults:
         if key not in known:
             names = ", ".join(sorted(name.replace("_", "-") for name in known))
-            raise _Refused(f"{path}: no option '{key.replace('_', '-')}'; there are: {names}")
+            raise Refused(f"{path}: no option '{key.replace('_', '-')}'; there are: {names}")
     ctx.default_map = defaults
 
 
@@ -213,7 +189,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     "--config", metavar="PATH", callback=_read_config, is_eager=True, expose_value=False,
     help="TOML file with any of these options; flags win.",
 )  # fmt: skip
-@_exits
+@entry
 def serve(
     listen: str,
     insecure_bind: bool,
@@ -232,7 +208,6 @@ def serve(
     **engine: Any,
 ) -> int:
     """Serve a model over gRPC (drift.v1), prefill and decode side by side on one device."""
-    _quiet_grpc()
     from rich.console import Console
 
     from drift_core.engine import engine_config
@@ -268,12 +243,6 @@ def serve(
     return serving.serve(options, Console(stderr=True))
 
 
-def _quiet_grpc() -> None:
-    """Before grpc loads: what is wrong is said in lines of ours, and its fork handlers are not for fork-and-exec."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
-
 def _check_policies(config: EngineConfig) -> None:
     """Unknown policies and wrong options are said before anything is started. Raises DriftError."""
     from drift_scheduler import plugins
@@ -281,14 +250,3 @@ def _check_policies(config: EngineConfig) -> None:
     registry = plugins.load(strict=False)  # the engine names the plugins that cannot be loaded
     registry.create("dispatch policy", config.dispatch, **config.dispatch_options)
     registry.create("partition policy", config.partition, **config.partition_options)
-
-
-@click.command()
-@connection_options(help="A running server.  [default: starts one with the demo model]")
-@_exits
-def demo(connection: Connection | None) -> int:
-    """Stream a handful of concurrent requests of very different lengths, and show how each fared."""
-    _quiet_grpc()
-    from drift_gateway.terminal.demo import run
-
-    return run(connection)

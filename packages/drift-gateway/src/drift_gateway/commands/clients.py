@@ -1,4 +1,4 @@
-"""`drift load`, `drift chat` and `drift top`: the options of the commands that talk to a running server.
+"""`drift load`, `drift chat`, `drift top` and `drift demo`: the options of the commands that talk to a running server.
 
 Option parsing only; grpc loads when a command runs.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from drift_gateway.cli import _exits, _quiet_grpc
+from drift_gateway.commands.entry import entry
 from drift_gateway.connection import Connection, connection_options
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -56,13 +56,12 @@ INTERRUPTED = 130
     metavar="PATH|-",
     help="Write the report as JSON to a file, or with - to stdout in place of the table.",
 )
-@_exits
+@entry
 def load(connection: Connection, json_path: str | None, **settings: Any) -> int:
     """Send a workload at its own pace, whatever the server makes of it, and report as `drift simulate` does.
 
     Latency counts from the moment each request was meant to be sent. Ctrl-C ends the run and reports what was done.
     """
-    _quiet_grpc()
     from rich.console import Console
 
     from drift_gateway.terminal.load import LoadOptions, run
@@ -85,10 +84,9 @@ def load(connection: Connection, json_path: str | None, **settings: Any) -> int:
     show_default=True,
     help="Seconds between them.",
 )
-@_exits
+@entry
 def top(connection: Connection, once: bool, lines: bool, interval: float) -> int:
     """Show how a running server is doing: queue, latency against targets, the split of the device, KV pages."""
-    _quiet_grpc()
     from rich.console import Console
 
     from drift_gateway.terminal.top import run
@@ -106,7 +104,7 @@ def top(connection: Connection, once: bool, lines: bool, interval: float) -> int
 )
 @click.option("--temperature", type=click.FloatRange(0, 100), help="0 always takes the likeliest token.")
 @click.option("--seed", type=int, help="Makes answers reproducible.")
-@_exits
+@entry
 def chat(
     connection: Connection, slo_ttft: float | None, slo_tbt: float | None, system: str | None, **settings: Any
 ) -> int:
@@ -114,7 +112,6 @@ def chat(
 
     Where input is a pipe, each line is a turn, and only the answers go to standard output.
     """
-    _quiet_grpc()
     import sys
 
     from rich.console import Console
@@ -125,3 +122,13 @@ def chat(
     options = ChatOptions(connection, system, SLO(slo_ttft, slo_tbt), **settings)
     piped = not (sys.stdin.isatty() and sys.stdout.isatty())
     return run(options, Console(), Console(stderr=piped))
+
+
+@click.command()
+@connection_options(help="A running server.  [default: starts one with the demo model]")
+@entry
+def demo(connection: Connection | None) -> int:
+    """Stream a handful of concurrent requests of very different lengths, and show how each fared."""
+    from drift_gateway.terminal.demo import run
+
+    return run(connection)
