@@ -14,19 +14,69 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self, cast
 
 import grpc
-from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
+from google.protobuf.message import Message
 
 from drift_gateway.connection import Connection, Tls
+from drift_gateway.request_errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InUse,
+    InvalidRequest,
+    NeverFits,
+    NotAllowed,
+    NotAuthenticated,
+    NotServed,
+    Overloaded,
+    RequestError,
+    ServerFault,
+    Unavailable,
+    error_of,
+)
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError
+
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "SLO",
+    "Accepted",
+    "AsyncDriftClient",
+    "AsyncGeneration",
+    "Cancelled",
+    "Completion",
+    "DeadlineExceeded",
+    "DriftClient",
+    "DriftError",
+    "Event",
+    "Finished",
+    "Generation",
+    "InUse",
+    "InvalidRequest",
+    "Logprobs",
+    "NeverFits",
+    "NotAllowed",
+    "NotAuthenticated",
+    "NotServed",
+    "Overloaded",
+    "RequestError",
+    "ServerFault",
+    "Timing",
+    "TokenDelta",
+    "TopLogprob",
+    "Unavailable",
+    "Usage",
+    "build_request",
+    "connection_to",
+    "error_of",
+    "event_of",
+    "unanswered",
+]
 
 CHANNEL_OPTIONS: Final = (
     ("grpc.keepalive_time_ms", 10_000),
@@ -38,125 +88,8 @@ CHANNEL_OPTIONS: Final = (
 # protoc's grpc plug-in writes no types.
 _GENERATION_STUB: Final[Callable[[Any], Any]] = generation_pb2_grpc.GenerationServiceStub
 _INFO_STUB: Final[Callable[[Any], Any]] = info_pb2_grpc.InfoServiceStub
-_DETAILS_KEY: Final = "grpc-status-details-bin"
 _SAMPLING: Final = tuple(pb.Sampling.DESCRIPTOR.fields_by_name)
 _STOPPING: Final = tuple(pb.Stopping.DESCRIPTOR.fields_by_name)
-
-
-# ---------------------------------------------------------------------------------------------- errors
-
-
-class RequestError(DriftError):
-    """A call ended with a status: `code`; the message is the server's line.
-
-    `reason`: one of the table in docs/api.md ("QUEUE_FULL"), `None` where the status did not come from a Drift
-    server. `retry_after`: seconds to wait before trying again, `None` where that does not help. `fields`: what is
-    wrong with which field of the request. `metadata`: what else the server says of the reason.
-    """
-
-    def __init__(
-        self,
-        code: grpc.StatusCode,
-        message: str,
-        *,
-        reason: str | None = None,
-        retry_after: float | None = None,
-        fields: Mapping[str, str] | None = None,
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.code = code
-        self.reason = reason
-        self.retry_after = retry_after
-        self.fields = dict(fields or {})
-        self.metadata = dict(metadata or {})
-
-
-class InvalidRequest(RequestError):
-    """A field of the request is wrong; the message starts with its path."""
-
-
-class NotServed(RequestError):
-    """The model asked for is not served there."""
-
-
-class InUse(RequestError):
-    """A request of that id is in flight."""
-
-
-class NeverFits(RequestError):
-    """The same request will be refused again: too long for the context or the KV pool, or quarantined."""
-
-
-class Overloaded(RequestError):
-    """Too much is in flight, or the targets cannot be met now; try again later."""
-
-
-class Unavailable(RequestError):
-    """The server cannot be reached, is starting, stopping, or restarting its engine; try again."""
-
-
-class DeadlineExceeded(RequestError):
-    """The call's timeout passed, or could not be met."""
-
-
-class Cancelled(RequestError):
-    """The call was cancelled, here or by an operator of the server."""
-
-
-class NotAuthenticated(RequestError):
-    """The call brought no credentials, or wrong ones."""
-
-
-class NotAllowed(RequestError):
-    """The credentials do not allow the call."""
-
-
-class ServerFault(RequestError):
-    """A fault of the server; its log has the details under the id in the message."""
-
-
-_ERRORS: Final[Mapping[grpc.StatusCode, type[RequestError]]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
-    grpc.StatusCode.NOT_FOUND: NotServed,
-    grpc.StatusCode.ALREADY_EXISTS: InUse,
-    grpc.StatusCode.FAILED_PRECONDITION: NeverFits,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
-    grpc.StatusCode.UNAVAILABLE: Unavailable,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: Cancelled,
-    grpc.StatusCode.UNAUTHENTICATED: NotAuthenticated,
-    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
-    grpc.StatusCode.INTERNAL: ServerFault,
-}
-
-
-def error_of(call: grpc.RpcError) -> RequestError:
-    """The exception for a failed call, with what its google.rpc.Status tells."""
-    code: grpc.StatusCode = call.code()
-    kind = _ERRORS.get(code, RequestError)
-    return kind(code, call.details() or code.name, **_details(call.trailing_metadata() or ()))
-
-
-def _details(trailers: Iterable[Any]) -> dict[str, Any]:
-    """`reason`, `retry_after`, `fields` and `metadata` from the trailers of a failed call; none that are not there."""
-    found: dict[str, Any] = {}
-    packed = next((value for key, value in trailers if key == _DETAILS_KEY), b"")
-    try:
-        details = status_pb2.Status.FromString(packed if isinstance(packed, bytes) else b"").details
-        info, wrong, retry = (
-            error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        )  # fmt: skip
-        for detail in details:
-            if detail.Unpack(info):
-                found |= {"reason": info.reason, "metadata": info.metadata}
-            elif detail.Unpack(wrong):
-                found["fields"] = {entry.field: entry.description for entry in wrong.field_violations}
-            elif detail.Unpack(retry):
-                found["retry_after"] = retry.retry_delay.ToNanoseconds() / 1e9
-    except DecodeError:  # somebody else's trailer; the status itself says enough
-        return {}
-    return found
 
 
 # ---------------------------------------------------------------------------------------------- values
