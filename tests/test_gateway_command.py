@@ -71,7 +71,7 @@ def test_flags_reach_the_engine(asked: list[serving.ServeOptions]) -> None:
     flags += " --cores 2 --profile none --grace 3 --max-in-flight 9"
     assert serve(*flags.split()) == (0, "")
     (options,) = asked
-    assert (options.address, options.grace, options.max_in_flight) == (Address("::1", 7), 3.0, 9)
+    assert (options.address, options.grace, options.limits.max_in_flight) == (Address("::1", 7), 3.0, 9)
     engine = options.engine
     assert (engine.model, engine.device, engine.dtype, engine.cores) == ("/m", "cpu", "float32", 2)
     assert (engine.dispatch, engine.dispatch_options) == ("chunked-prefill", {"token_budget": 64})
