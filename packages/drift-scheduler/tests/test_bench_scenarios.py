@@ -1,8 +1,9 @@
-"""Scenario files: what is read, and one line `FILE: KEY: ...` for everything that is wrong."""
+"""Scenario files: what is read, and one line `FILE:LINE: KEY: ...` for everything that is wrong."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from drift_scheduler.bench import make_grid, read_grid
 from drift_scheduler.errors import DriftError
 from drift_scheduler.plugins import load
 from drift_scheduler.scenario_file import ScenarioFile, check_scenario, read_scenario
+from drift_scheduler.toml_lines import Source
 
 GOOD = """
 devices = ["h200", "a100-80gb"]
@@ -145,9 +147,27 @@ def test_a_bad_file_is_one_line_with_file_and_key(tmp_path: Path, text: str, sai
     with pytest.raises(DriftError) as caught:
         read_grid(path, load(installed=False))
     message = str(caught.value)
-    assert message.startswith(f"{path}: ")
+    assert re.match(rf"{re.escape(str(path))}(:\d+)?: ", message)
     assert any(part in message for part in said.split("|"))
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ('"drift"', '"drif"', ":4: policies[0]: no dispatch policy"),
+        ('"loogle"', "3", ":9: workloads[1].name: "),
+        ("requests = 7", "requests = nan", ":12: workloads[1].requests: nan"),
+        ("requests = 7", "request = 7", ":12: workloads[1]: Object contains unknown field"),
+        ("requests = 7", "requests = = 7", "not TOML: Invalid value (at line 12"),
+    ],
+)
+def test_an_error_names_the_line(tmp_path: Path, old: str, new: str, place: str) -> None:
+    path = write(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(DriftError) as caught:
+        read_grid(path, load(installed=False))
+    assert str(caught.value).startswith(str(path))
+    assert place in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_far_too_big(tmp_path: Path) -> None:
@@ -167,7 +187,7 @@ def test_a_huge_grid_is_refused() -> None:
         "workloads": [{"name": "sharegpt"}],
     }
     with pytest.raises(DriftError, match="grid has 3600 cells"):
-        check_scenario(values, "x.toml")
+        check_scenario(values, Source("x.toml"))
 
 
 KEYS = sorted(ScenarioFile.__struct_fields__)
@@ -202,7 +222,8 @@ def test_any_values_give_a_file_or_one_line(values: dict[str, Any]) -> None:
     }
     problem = ""
     try:
-        make_grid(check_scenario({**base, **values}, "f.toml"), "f.toml", load(installed=False))
+        source = Source("f.toml")
+        make_grid(check_scenario({**base, **values}, source), source, load(installed=False))
     except DriftError as error:
         problem = str(error)
     assert not problem or problem.startswith("f.toml: ")

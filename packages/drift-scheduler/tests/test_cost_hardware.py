@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from drift_scheduler.cost.hardware import (
     device_spec,
@@ -95,6 +99,45 @@ def test_a_bad_device_file_is_one_line_that_names_file_and_field(
     assert message in str(caught.value)
     assert "mine.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_bad_device_file_is_one_line_that_names_the_line(tmp_path: Path) -> None:
+    text = Path(device_file("cpu")).read_text()
+    number = text[: text.index("tflops =")].count("\n") + 1
+    for new in ("tflops = nan\n", "tflops = -1\n", 'tflops = "x"\n'):
+        (tmp_path / "mine.toml").write_text(text.replace("tflops = 0.5\n", new))
+        with pytest.raises(DriftError, match=rf"mine\.toml:{number}: field tflops: "):
+            device_spec(str(tmp_path / "mine.toml"))
+
+
+KEYS = ("units", "memory_gb", "tflops", "bandwidth_gb_s", "min_units", "step_units", "unit", "x")
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-(10**25), 10**25), st.floats(), st.text(max_size=8), st.just("[1]")
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), st.binary(max_size=60))
+def test_any_device_file_is_a_device_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], tail: bytes
+) -> None:
+    lines = {
+        line.split(" =")[0]: line for line in Path(device_file("cpu")).read_text().splitlines() if "=" in line
+    }
+    lines |= {key: f"{key} = {_toml(value)}" for key, value in changes.items()}
+    file = tmp_path_factory.getbasetemp() / "any-device.toml"
+    file.write_bytes("\n".join(lines.values()).encode() + b"\n" + tail)
+    problem = "any-device.toml"
+    try:
+        simulated_device(device_spec(str(file)), model_spec("demo"))
+    except DriftError as error:
+        problem = str(error)
+    assert "any-device.toml" in problem
+    assert len(problem.splitlines()) == 1
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str | bool) else str(value)
 
 
 def test_unknown_names_list_what_there_is() -> None:

@@ -28,8 +28,9 @@ from drift_scheduler.goodput import (
 )
 from drift_scheduler.plugins import Registry, load
 from drift_scheduler.reporting.recorder import Recording
-from drift_scheduler.scenario_file import ScenarioFile, System, Workload, read_scenario
+from drift_scheduler.scenario_file import ScenarioFile, System, Workload, parse_scenario, read_source
 from drift_scheduler.simulation.run import TRACE_SUFFIXES, Scenario, parse_choice
+from drift_scheduler.toml_lines import Source
 from drift_scheduler.tuning import Search, base_of, policy_search, to_document, tunable
 
 SCHEMA = "drift.bench/1"
@@ -99,12 +100,13 @@ class Result:
 
 
 def read_grid(path: str | Path, registry: Registry | None = None) -> Grid:
-    """A scenario file, every name in it resolved. Raises DriftError `FILE: KEY: ...`."""
+    """A scenario file, every name in it resolved. Raises DriftError `FILE:LINE: KEY: ...`."""
     registry = registry if registry is not None else load()
-    return make_grid(read_scenario(path), str(path), registry)
+    source = read_source(path)
+    return make_grid(parse_scenario(source), source, registry)
 
 
-def make_grid(file: ScenarioFile, where: str, registry: Registry) -> Grid:
+def make_grid(file: ScenarioFile, where: Source, registry: Registry) -> Grid:
     """The cells of a checked file. Raises DriftError as `read_grid`."""
     criterion = _at(where, "search.criterion", lambda: Criterion.parse(file.search.criterion))
     for i, policy in enumerate(file.policies):
@@ -253,11 +255,11 @@ def _scaled(slo: SLO, scale: float) -> SLO:
     return replace(slo, ttft=slo.ttft * scale, tbt=slo.tbt * scale)
 
 
-def _scenario(file: ScenarioFile, where: str, system: System, workload: Workload, tbt: float) -> Scenario:
+def _scenario(file: ScenarioFile, where: Source, system: System, workload: Workload, tbt: float) -> Scenario:
     settings = file.simulation
     ttft = (file.ttft if workload.ttft is None else workload.ttft) * system.ttft_scale
     return Scenario(
-        workload=_located(workload.name, where),
+        workload=_located(workload.name, where.name),
         device=system.device,
         model=system.model,
         dispatch=file.policies[0],
@@ -283,7 +285,7 @@ def _located(name: str, where: str) -> str:
 
 def _begin(
     file: ScenarioFile,
-    where: str,
+    where: Source,
     place: tuple[int, int],
     scenario: Scenario,
     plan: SearchPlan,
@@ -316,8 +318,8 @@ def _check_policy(registry: Registry, choice: str) -> None:
     tunable(registry, choice)
 
 
-def _at(where: str, key: str, build: Callable[[], T]) -> T:
+def _at(where: Source, key: str, build: Callable[[], T]) -> T:
     try:
         return build()
     except DriftError as error:
-        raise DriftError(f"{where}: {key}: {' '.join(str(error).split())}") from error
+        raise DriftError(f"{where.at(key)}: {key}: {' '.join(str(error).split())}") from error

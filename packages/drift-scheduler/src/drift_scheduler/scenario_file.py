@@ -1,6 +1,6 @@
 """Scenario files of `drift bench`: a TOML grid of devices, models, workloads, targets and policies, checked whole.
 
-Whatever is wrong is one DriftError line `FILE: KEY: ...`, KEY as in `workloads[1].ttft`. Knows how a grid is
+Whatever is wrong is one DriftError line `FILE:LINE: KEY: ...`, KEY as in `workloads[1].ttft`. Knows how a grid is
 written, not how it is run; names of devices, policies and workloads are checked by whoever resolves them.
 """
 
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from drift_scheduler.errors import DriftError
+from drift_scheduler.toml_lines import Source
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=400)]
@@ -110,6 +111,11 @@ class ScenarioFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 def read_scenario(path: str | Path) -> ScenarioFile:
     """The file, checked. Raises DriftError, one line."""
+    return parse_scenario(read_source(path))
+
+
+def read_source(path: str | Path) -> Source:
+    """The file's text. Raises DriftError, one line."""
     try:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -119,27 +125,34 @@ def read_scenario(path: str | Path) -> ScenarioFile:
     if len(raw) > MAX_BYTES:
         raise DriftError(f"{path}: {len(raw)} bytes are no scenario file (at most {MAX_BYTES})")
     try:
-        values = tomllib.loads(raw.decode())
+        return Source(str(path), raw.decode())
     except UnicodeDecodeError as error:
         raise DriftError(f"{path}: not UTF-8 text") from error
+
+
+def parse_scenario(source: Source) -> ScenarioFile:
+    """A file's text, checked. Raises DriftError, one line."""
+    try:
+        values = tomllib.loads(source.text)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        raise DriftError(f"{path}: not TOML: {_one_line(error)}") from error
-    return check_scenario(values, str(path))
+        raise DriftError(f"{source.name}: not TOML: {_one_line(error)}") from error
+    return check_scenario(values, source)
 
 
-def check_scenario(values: dict[str, Any], where: str) -> ScenarioFile:
-    """A parsed file's values, checked. Raises DriftError `where: key: ...`."""
+def check_scenario(values: dict[str, Any], source: Source) -> ScenarioFile:
+    """A parsed file's values, checked. Raises DriftError `FILE:LINE: key: ...`."""
     for key, number in _floats(values, ""):
         if not math.isfinite(number):
-            raise DriftError(f"{where}: {key}: {number} is not a finite number")
+            raise DriftError(f"{source.at(key)}: {key}: {number} is not a finite number")
     try:
         file = msgspec.convert(values, ScenarioFile)
     except msgspec.ValidationError as error:
         message, _, at = str(error).partition(" - at `$")
         key = at.rstrip("`").lstrip(".")
-        raise DriftError(f"{where}: {key + ': ' if key else ''}{_one_line(message)}") from error
+        place = source.of(key, message)
+        raise DriftError(f"{place}: {key + ': ' if key else ''}{_one_line(message)}") from error
     for key, problem in _problems(file):
-        raise DriftError(f"{where}: {key}: {problem}")
+        raise DriftError(f"{source.at(key)}: {key}: {problem}")
     return file
 
 

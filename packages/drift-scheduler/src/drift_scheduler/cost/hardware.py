@@ -20,12 +20,14 @@ import msgspec
 
 from drift_scheduler.domain import Device, Partition, Sharing
 from drift_scheduler.errors import DriftError, UnknownNameError
+from drift_scheduler.toml_lines import Source
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Factor = Annotated[float, msgspec.Meta(ge=1, le=100)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+Units = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,7 +45,7 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     name: str
     unit: str
-    units: Count
+    units: Units
     memory_gb: Positive
     bandwidth_gb_s: Positive
     tflops: Positive
@@ -217,16 +219,19 @@ def _load(name: str, folder: str, kind: str, spec: type[Spec]) -> Spec:
 
 
 def _parse(text: str, where: str, spec: type[Spec]) -> Spec:
+    source = Source(where, text)
     try:
         values: Mapping[str, Any] = tomllib.loads(text)
-        for key, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise DriftError(f"{where}: field {key}: {value} is not a finite number")
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        raise DriftError(f"{where}: not TOML: {' '.join(str(error).split())}") from error
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DriftError(f"{source.at(key)}: field {key}: {value} is not a finite number")
+    try:
         return msgspec.convert(values, spec)
-    except tomllib.TOMLDecodeError as error:
-        raise DriftError(f"{where}: not TOML: {error}") from error
     except msgspec.ValidationError as error:
-        raise DriftError(f"{where}: {plain(error)}") from error
+        message, _, at = str(error).partition(" - at `$.")
+        raise DriftError(f"{source.of(at.rstrip('`'), message)}: {plain(error)}") from error
 
 
 def plain(error: msgspec.ValidationError) -> str:
