@@ -87,7 +87,7 @@ class UnderTest:
 async def narrow_client(target: str) -> AsyncIterator[AsyncDriftClient]:
     """A client whose unread streams stall the server's writes after some kilobytes."""
     usual = client_module.CHANNEL_OPTIONS
-    client_module.CHANNEL_OPTIONS = (*usual, *NARROW)  # type: ignore[misc]
+    client_module.CHANNEL_OPTIONS = (*usual, *NARROW)  # type: ignore[misc, assignment]
     try:
         client = AsyncDriftClient(target)
     finally:

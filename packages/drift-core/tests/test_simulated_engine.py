@@ -153,3 +153,8 @@ def test_its_process_loads_no_torch() -> None:
         [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_what_to_simulate_is_said_for_a_simulated_device_only() -> None:
+    with pytest.raises(DriftError, match="add --device simulated"):
+        started(device="cpu")

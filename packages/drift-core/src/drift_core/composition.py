@@ -89,6 +89,8 @@ def build_executor(
 ) -> tuple[Setup, ModelExecutor]:
     """The executor that the configuration names, and what it was built from. Raises DriftError."""
     device = _device_kind(config.device, registry)
+    if config.simulate is not None and device != "simulated":
+        raise DriftError(f"simulate is for the device simulated, not for {device}; add --device simulated")
     if config.load_format not in LOAD_FORMATS:
         raise UnknownNameError("load format", config.load_format, LOAD_FORMATS)
     model = load_config(config.model, registry.of("model"))
