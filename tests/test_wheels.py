@@ -5,6 +5,7 @@ That the wheels install and run on their own is the business of `nox -s standalo
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -67,3 +68,14 @@ def test_scheduler_declares_neither_torch_nor_grpc(wheel: tuple[str, Path]) -> N
     needed = " ".join(wheel_metadata(path).get_all("Requires-Dist") or [])
     assert ("torch" in needed) == (package in {"drift-kernels", "drift-core"})
     assert ("grpc" in needed) == (package == "drift-gateway")
+
+
+def test_scheduler_is_small_and_needs_little(wheel: tuple[str, Path]) -> None:
+    package, path = wheel
+    if package != "drift-scheduler":
+        pytest.skip("its promise alone")
+    assert path.stat().st_size < 300_000
+    needed = {
+        re.split(r"[^A-Za-z0-9-]", line)[0] for line in wheel_metadata(path).get_all("Requires-Dist") or []
+    }
+    assert needed <= {"pluggy", "numpy", "msgspec", "click", "rich"}
