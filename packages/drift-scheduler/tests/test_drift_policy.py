@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from drift_scheduler.domain import (
     Observation,
     Partition,
     PrefillBatch,
+    PrefillChunk,
     PrefillShape,
     Request,
     Sharing,
@@ -26,6 +28,8 @@ from drift_scheduler.domain import (
 )
 from drift_scheduler.errors import OptionError
 from drift_scheduler.partition import TightestDecode
+from drift_scheduler.plugins import hookimpl, load
+from drift_scheduler.simulation.run import Scenario, Simulation
 
 EVERY = frozenset({Sharing.SPATIAL, Sharing.TEMPORAL, Sharing.FUSED, Sharing.EXCLUSIVE})
 
@@ -214,3 +218,53 @@ def test_free_work_is_no_division_by_zero() -> None:
 def test_options_out_of_range_are_named(options: dict[str, float], named: str) -> None:
     with pytest.raises(OptionError, match=f"option '{named}'"):
         DriftPolicy(**options)  # type: ignore[arg-type]
+
+
+def under_way(name: str, tokens: int, next_layer: int, deadline: float) -> PrefillBatch:
+    chunk = PrefillChunk(name, 0, tokens)
+    return PrefillBatch(7, (chunk,), next_layer, deadline, PrefillShape.of([(tokens, 0)]))
+
+
+def test_at_a_layer_boundary_an_urgent_prompt_overtakes_one_that_can_afford_it() -> None:
+    long = under_way("long", 20_000, 2, deadline=110.0)
+    urgent = prompt("urgent", 1000, ttft=0.1)
+    gang = choose(Picture([urgent], prefills=(long,)))
+    assert gang.prefill is not None
+    assert [chunk.request_id for chunk in gang.prefill.chunks] == ["urgent"]
+    tight = under_way("long", 20_000, 2, deadline=100.3)
+    gang = choose(Picture([urgent], prefills=(tight,)))
+    assert gang.prefill is not None
+    assert [chunk.request_id for chunk in gang.prefill.chunks] == ["long"]
+
+
+MIXED = {
+    "chat": SLO(1.0, 0.03, name="chat"),
+    "batch": SLO(30.0, 0.5, name="batch"),
+}
+
+
+@pytest.mark.parametrize("dispatch", ["drift", "gang", "temporal"])
+def test_every_class_is_kept_within_its_own_targets(dispatch: str) -> None:
+    """Chat among batch requests whose prompts alone would break its targets; one number for all would lose either."""
+
+    def workload(
+        seed: int, rate: object = None, requests: object = None, slo: object = None
+    ) -> list[Request]:
+        names = ["batch" if i % 4 == 0 else "chat" for i in range(48)]
+        return [
+            Request(
+                f"{name}{i}", i * 0.08, 6000 if name == "batch" else 300, 40, MIXED[name], output_tokens=40
+            )
+            for i, name in enumerate(names)
+        ]
+
+    hook = hookimpl(lambda: {"mixed": workload})
+    hook.__name__ = "drift_workloads"
+    registry = load([("acme", SimpleNamespace(drift_workloads=hook))], installed=False)
+    scenario = Scenario("mixed", "h200", "llama-3.1-8b", dispatch, SLO(1.0, 0.05))
+    classes = Simulation(scenario, registry).run()["slo"]["classes"]
+    assert {name: (c["ttft_s"], c["tbt_s"]) for name, c in classes.items()} == {
+        "chat": (1.0, 0.03),
+        "batch": (30.0, 0.5),
+    }
+    assert min(c["attainment"] for c in classes.values()) > 0.9
