@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import os
 import pty
@@ -133,19 +134,27 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
             stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"},
         )  # fmt: skip
         os.close(theirs)
-        seen = _Terminal(ours)
+        try:
+            await conversation(under, ours)
+            assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
+        finally:  # a child that lives on keeps the event loop from closing
+            if process.returncode is None:
+                process.kill()
+                await asyncio.wait_for(process.wait(), PATIENCE_S)
+            os.close(ours)
+
+    async def conversation(under: UnderTest, terminal: int) -> None:
+        seen = _Terminal(terminal)
         await seen.until("› ")
-        os.write(ours, b"talk on\n")
+        os.write(terminal, b"talk on\n")
         await seen.until("aaaaaaaaaa")
-        os.write(ours, b"\x03")
+        os.write(terminal, b"\x03")
         await seen.until("stopped")
         await under.until(lambda engine: len(engine.cancels()) == 1)
         await seen.until("› ")
-        os.write(ours, b"\x03")
+        os.write(terminal, b"\x03")
         await seen.until("› ")
-        os.write(ours, b"\x04")
-        assert await asyncio.wait_for(process.wait(), PATIENCE_S) == 0
-        os.close(ours)
+        os.write(terminal, b"\x04")
 
     run_with_gateway(
         body, ready=ready_in(tmp_path), script=lambda submit: [ord("a")] * 4000, step_seconds=0.005
@@ -158,6 +167,7 @@ class _Terminal:
     def __init__(self, descriptor: int) -> None:
         os.set_blocking(descriptor, False)
         self._descriptor = descriptor
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end in the middle of a character
         self._text = ""
 
     async def until(self, wanted: str) -> None:
@@ -168,7 +178,7 @@ class _Terminal:
             if asyncio.get_running_loop().time() > deadline:
                 raise AssertionError(f"{wanted!r} never came after {self._text!r}")
             with contextlib.suppress(BlockingIOError):
-                self._text += os.read(self._descriptor, 4096).decode(errors="replace")
+                self._text += self._decoder.decode(os.read(self._descriptor, 4096))
             await asyncio.sleep(0.01)
         self._text = self._text.split(wanted, 1)[1]
 
