@@ -52,7 +52,7 @@ def drift_dispatch_policies():
 '''
 
 DISPATCH_POLICY = '''\
-"""Shortest prompt first: prefill the shortest waiting prompt when the decoding requests can spare the time."""
+"""Shortest prompt first: prefill the shortest waiting prompt when decode can spare the time, or it waited long."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ class $Class:
             chunk = PrefillChunk(shortest.request.id, shortest.computed, shortest.total)
             block = PrefillBlock(-1, (chunk,), 0, view.device.num_layers)  # -1: a new batch
             seconds = costs.prefill(block.shape(), view.device.total_units)
-            if step is None or seconds <= float(view.tbt_slack().min()):
+            long = view.now >= shortest.deadline - shortest.request.slo.ttft / 2  # half of its time is over
+            if step is None or long or seconds <= float(view.tbt_slack().min()):
                 return Gang(Sharing.EXCLUSIVE, view.device.all_prefill, prefill=block)
         if step is None:
             return None
