@@ -164,7 +164,7 @@ async def tokenized(
         case _:
             prompt = given_ids("token_ids.ids", request.token_ids.ids, served.ready.vocab_size)
     fitting = _fitting(checked, len(prompt), served.ready)
-    await FORMS.check(served, fitting.sampling.structured)
+    await FORMS.check(served.tokenizer, served.ready, fitting.sampling.structured)
     return fitting, prompt
 
 

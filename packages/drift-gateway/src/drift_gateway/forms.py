@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 from weakref import WeakKeyDictionary
 
 from drift_core.frames import Ready
@@ -18,9 +18,6 @@ from drift_core.sampling_params import Structured
 from drift_core.structured import Compiler, CompilerBusyError, FormError, Job, Vocabulary
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.refusal import Reason, Refusal, invalid
-
-if TYPE_CHECKING:
-    from drift_gateway.supervisor import Served
 
 COMPILE_SECONDS: Final = 5.0
 """What a form may take to compile, from its turn, and what it may wait for its turn."""
@@ -46,11 +43,11 @@ class Forms:
             log.warning("outputs cannot be held to a form: %s", error)
             self._vocabularies[tokenizer] = error
 
-    async def check(self, served: Served, structured: Structured | None) -> None:
+    async def check(self, tokenizer: Tokenizer | None, ready: Ready, structured: Structured | None) -> None:
         """Return once the form is compiled. Raises Refusal: it is none, took too long, or too many wait."""
         if structured is None:
             return
-        vocabulary = self._vocabulary(served, structured.field)
+        vocabulary = self._vocabulary(tokenizer, ready, structured.field)
         try:
             job = self._compiler.start(vocabulary, structured)
             if not job.future.done():
@@ -61,14 +58,13 @@ class Forms:
         except FormError as error:
             raise invalid(structured.field, str(error)) from error
 
-    def _vocabulary(self, served: Served, field: str) -> Vocabulary:
-        tokenizer, model = served.tokenizer, served.ready.model
+    def _vocabulary(self, tokenizer: Tokenizer | None, ready: Ready, field: str) -> Vocabulary:
         if tokenizer is None:
             raise Refusal(
                 Reason.NO_TOKENIZER,
-                f"{field}: model '{model}' has no tokenizer, so no output can be held to a form",
+                f"{field}: model '{ready.model}' has no tokenizer, so no output can be held to a form",
             )
-        self.learn(tokenizer, served.ready)
+        self.learn(tokenizer, ready)
         known = self._vocabularies[tokenizer]
         if isinstance(known, FormError):
             raise Refusal(Reason.NO_TOKENIZER, f"{field}: {known}")
