@@ -122,14 +122,14 @@ def test_a_loose_target_gets_the_chunk_that_pays_and_not_the_largest_that_fits()
     assert gang.decode is not None
 
 
-@pytest.mark.parametrize(("target", "tokens"), [(0.0062, 256), (0.0057, 192)])
+@pytest.mark.parametrize(("target", "tokens"), [(0.0062, 256), (0.0056, 192)])
 def test_a_mixed_pass_stays_within_the_target(target: float, tokens: int) -> None:
     gang = choose(Picture([prompt("new", 4096)], tbt_target=target, slack=target))
     assert gang.prefill is not None
     costs = Reckoned()
     assert gang.sharing is Sharing.FUSED
     assert gang.prefill.shape().new_tokens <= tokens
-    assert costs.fused(gang.prefill.shape(), DecodeShape(1, 1000), 10) <= 0.97 * target
+    assert costs.fused(gang.prefill.shape(), DecodeShape(1, 1000), 10) <= 0.99 * target
 
 
 def test_where_mixing_is_dear_the_device_is_split_by_the_target() -> None:

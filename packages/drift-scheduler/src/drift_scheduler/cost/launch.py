@@ -26,6 +26,9 @@ class Launched:
         self.switch_seconds = device.switch_us * 1e-6
         self._step = device.graph_step
         self._floor = device.launch_seconds * num_layers
+        # A decode step is priced by the policy, the scheduler and what learns from it: the same object each time.
+        self._priced: DecodeShape | None = None
+        self._price: dict[int, float] = {}
 
     def prefill(self, work: PrefillShape, units: int) -> float:
         """Seconds for all layers, at least the time to launch them."""
@@ -33,9 +36,14 @@ class Launched:
 
     def decode(self, work: DecodeShape, units: int) -> float:
         """Seconds for the graph that holds the batch."""
-        size = bucket(work.batch, self._step)
-        padded = work if size == work.batch else DecodeShape(size, work.context_tokens)
-        return self.inner.decode(padded, units)
+        if work is not self._priced:
+            self._priced, self._price = work, {}
+        seconds = self._price.get(units)
+        if seconds is None:
+            size = bucket(work.batch, self._step)
+            padded = work if size == work.batch else DecodeShape(size, work.context_tokens)
+            seconds = self._price[units] = self.inner.decode(padded, units)
+        return seconds
 
     def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
         """Seconds for one mixed pass, at least the time to launch it."""
@@ -50,6 +58,7 @@ class Launched:
     def observe(self, observation: Observation) -> None:
         """Hand on what was measured, less what launching explains, so that the inner model learns only the rest."""
         share = self._inner_share(observation)
+        self._priced = None
         if share == 1.0:
             self.inner.observe(observation)
             return

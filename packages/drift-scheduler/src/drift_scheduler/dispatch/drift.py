@@ -73,7 +73,7 @@ class DriftPolicy:
         max_batch_tokens: int = 4096,
         scan: int = 64,
         hysteresis: float = 0.05,
-        margin: float = 0.97,
+        margin: float = 0.99,
         prefill_weight: float = 1.25,
     ) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
