@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from drift_core.engine import engine_config
@@ -180,3 +181,18 @@ def test_a_call_to_an_engine_that_is_gone_ends() -> None:
         await client.close()
 
     asyncio.run(run())
+
+
+def test_admission_is_told_when_targets_are_lost_for_certain() -> None:
+    async def body(client: EngineClient, steps: list[StepFrame]) -> None:
+        calm = client.submit([msgspec.structs.replace(submit("calm", list(range(20)), 4), slo_ttft=600.0)])
+        await ended(calm)
+        assert {step.load.overload_s for step in steps if step.load is not None} == {0.0}
+        frames = [submit(f"r{i}", list(range(i, i + 200)), 4) for i in range(40)]
+        prompts = [msgspec.structs.replace(frame, slo_ttft=0.05) for frame in frames]
+        await ended(client.submit(prompts))
+        said = [step.load.overload_s for step in steps if step.load is not None]
+        assert max(said) > 0.0
+        assert said[-1] == 0.0
+
+    with_engine(body)
