@@ -216,3 +216,17 @@ def test_the_shared_traces_read_completely(
     assert requests[0].key_tokens == block
     assert requests[-1].arrival == pytest.approx(count / 3.0, rel=0.1)
     assert all(a.arrival <= b.arrival for a, b in pairwise(requests))
+
+
+def test_lines_may_have_targets_and_a_class_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "classes.jsonl"
+    row = {"arrival_ms": 0, "input_tokens": 10, "output_tokens": 4}
+    own = {**row, "slo_ttft_ms": 30_000, "slo_tbt_ms": 500, "slo_class": "batch"}
+    path.write_text("\n".join(json.dumps(line) for line in (row, own, {**row, "slo_class": "half"})))
+    usual = SLO(1.0, 0.05)
+    found = [request.slo for request in read_trace(path, slo=usual)]
+    assert found == [usual, SLO(30.0, 0.5, name="batch"), SLO(1.0, 0.05, name="half")]
+    for bad in ({"slo_ttft_ms": 0}, {"slo_tbt_ms": -1}, {"slo_class": ""}, {"slo_class": 3}):
+        path.write_text(json.dumps({**row, **bad}))
+        with pytest.raises(DriftError, match=rf"classes\.jsonl:1: field {next(iter(bad))}: "):
+            list(read_trace(path, slo=usual))

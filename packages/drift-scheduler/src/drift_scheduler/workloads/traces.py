@@ -38,6 +38,8 @@ SHARED_BLOCK = 16
 Tokens = Annotated[int, msgspec.Meta(ge=1, le=100_000_000)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=1_000_000_000)]
+Target = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 
 
 class _Ours(msgspec.Struct, frozen=True):
@@ -52,6 +54,9 @@ class _Ours(msgspec.Struct, frozen=True):
     session: int | str | None = None
     turn: Count = 0
     think_ms: Milliseconds | None = None
+    slo_ttft_ms: Target | None = None
+    slo_tbt_ms: Target | None = None
+    slo_class: Name | None = None
 
 
 class _Mooncake(msgspec.Struct, frozen=True):
@@ -76,6 +81,17 @@ class Record:
     session: str | None = None
     turn: int = 0
     think: float | None = None
+    ttft: float | None = None
+    tbt: float | None = None
+    slo_class: str | None = None
+
+    def slo(self, usual: SLO) -> SLO:
+        """Its own targets and class where the line has them."""
+        if self.ttft is None and self.tbt is None and self.slo_class is None:
+            return usual
+        ttft = usual.ttft if self.ttft is None else self.ttft
+        tbt = usual.tbt if self.tbt is None else self.tbt
+        return SLO(ttft, tbt, usual.e2e, self.slo_class or usual.name)
 
 
 def read_trace(
@@ -91,6 +107,7 @@ def read_trace(
 ) -> Iterator[Request]:
     """Requests of a trace file in order of arrival, streamed.
 
+    `slo`: of requests whose lines have no targets of their own.
     Sessions with think times are a closed loop (see `drift_scheduler.simulation.arrivals`) unless `closed` is false.
 
     `rate`: rescales the trace's own times to that mean (one more pass over the file), or draws Poisson arrivals where
@@ -180,7 +197,7 @@ def _requests(
             else (record.arrival - timing.start) * (scale or 1.0),
             prompt_tokens=record.input_tokens,
             max_output_tokens=max(max_output, record.output_tokens),
-            slo=slo,
+            slo=record.slo(slo),
             prefix_keys=record.blocks[: record.input_tokens // size],
             key_tokens=size,
             output_tokens=record.output_tokens,
@@ -287,6 +304,9 @@ def _from_ours(path: str | Path, number: int, line: str) -> Record:
         session,
         row.turn,
         None if row.think_ms is None else row.think_ms / 1e3,
+        None if row.slo_ttft_ms is None else row.slo_ttft_ms / 1e3,
+        None if row.slo_tbt_ms is None else row.slo_tbt_ms / 1e3,
+        row.slo_class,
     )
 
 
