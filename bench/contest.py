@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +105,7 @@ def page(rows: Sequence[Row], grid: Grid, settings: Mapping[str, Any]) -> str:
         "traces, and the TBT targets that each system can meet at all. Where a cell lost, the policy was changed,",
         "never the grid.",
         "",
-        f"- Cells: {len(rows)}. `drift` is below {SHARE} of the best other policy in {len(lost)} of them.",
+        f"- Cells: {len(rows)} of {len(grid.cells)}{_left_out(rows, grid)}. `drift` is below {SHARE} of the best other policy in {len(lost)} of them.",
         *(
             f"- {system.model} on {system.device}: {over_chunked(rows, system)}"
             for system in grid.file.all_systems()
@@ -138,6 +139,13 @@ def page(rows: Sequence[Row], grid: Grid, settings: Mapping[str, Any]) -> str:
         + ". One seed: a ratio of single rates is uncertain by about twice the tolerance.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _left_out(rows: Sequence[Row], grid: Grid) -> str:
+    """Which workloads lack cells."""
+    known = {row["cell"] for row in rows}
+    missing = Counter(cell.workload.title for cell in grid.cells if cell.key not in known)
+    return f" (not run: {', '.join(f'{n} of {name}' for name, n in missing.items())})" if missing else ""
 
 
 def over_chunked(rows: Sequence[Row], system: System) -> str:
@@ -188,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="only cells whose name holds this")
     parser.add_argument("--resume", type=Path, help="keep rows there, and go on from those of a broken run")
+    parser.add_argument("--known", action="store_true", help="run nothing: write what --resume holds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="the page")
     options = parser.parse_args(arguments)
@@ -210,9 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     wanted = [cell for cell in grid.cells if options.only in cell.key]
     searches = {c.key: contest(c, grid.file.policies, registry) for c in wanted if c.key not in known}
-    if searches:
+    if searches and not options.known:
         run_searches(searches, options.jobs, registry, on_done=done)
-    rows = [known[cell.key] for cell in wanted]
+    rows = [known[cell.key] for cell in wanted if cell.key in known]
     search = grid.file.search
     settings = {"seeds": list(search.seeds), "tolerance": search.tolerance, "requests": search.requests}
     if options.json is not None:
