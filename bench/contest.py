@@ -105,7 +105,8 @@ def page(rows: Sequence[Row], grid: Grid, settings: Mapping[str, Any]) -> str:
         "traces, and the TBT targets that each system can meet at all. Where a cell lost, the policy was changed,",
         "never the grid.",
         "",
-        f"- Cells: {len(rows)} of {len(grid.cells)}{_left_out(rows, grid)}. `drift` is below {SHARE} of the best other policy in {len(lost)} of them.",
+        f"- Cells: {len(rows)} of {len(grid.cells)}{_left_out(rows, grid)}. `drift` is below {SHARE} of the best other "
+        f"policy in {len(lost)} of them.",
         *(
             f"- {system.model} on {system.device}: {over_chunked(rows, system)}"
             for system in grid.file.all_systems()
