@@ -62,3 +62,8 @@ def test_a_place_names_the_line_where_it_is_known() -> None:
 def test_any_text_and_any_key_is_an_answer(text: str, key: str) -> None:
     line = line_of(text, key)
     assert line is None or 1 <= line <= len(text.splitlines())
+
+
+@pytest.mark.parametrize("key", [".", "[", "]", "a.]", "[]].", "..", "workloads[1", "a" * 100_000 + ".b"])
+def test_a_key_of_any_shape_comes_to_an_end(key: str) -> None:
+    assert line_of("b = 1\n", key) is None

@@ -23,7 +23,7 @@ def line_of(text: str, key: str) -> int | None:
     while wanted:
         if wanted in lines:
             return lines[wanted]
-        wanted = re.sub(r"(?:\[\d+\]|\.?[^.\[\]]+)$", "", wanted) if re.search(r"[.\[]", wanted) else ""
+        wanted = wanted[: max(wanted.rfind("."), wanted.rfind("["), 0)]
     return None
 
 
