@@ -222,7 +222,7 @@ def test_a_deadline_is_kept_where_no_grpc_keeps_it() -> None:
 def test_each_class_has_its_own_queue() -> None:
     async def body(under: UnderTest) -> None:
         batch, chat = api.SLO(name="batch"), api.SLO(name="chat")
-        under.client.generate(token_ids=[1], n=2, slo=batch)
+        events = aiter(under.client.generate(token_ids=[1], n=2, slo=batch))
         await under.until(lambda engine: len(engine.submits()) == 2)
         with pytest.raises(
             api.Overloaded, match="2 outputs of class 'batch' wait and at most 2 may"
@@ -233,6 +233,8 @@ def test_each_class_has_its_own_queue() -> None:
         other = under.client.generate(token_ids=[1], max_tokens=2, slo=chat)
         await under.until(lambda engine: len(engine.submits()) == 3)
         under.engine.step(1)
+        while not isinstance(await anext(events), api.TokenDelta):
+            continue  # until it has a token, it waits in its class
         again = under.client.generate(token_ids=[1], max_tokens=2, slo=batch)
         await under.until(lambda engine: len(engine.submits()) == 4)
         under.engine.step(9)
