@@ -143,7 +143,7 @@ class DriftPolicy:
     # ------------------------------------------------------------------------------------- the queue
 
     def _next_batch(self, view: View, costs: CostModel) -> PrefillBatch | None:
-        """The batch under way, an urgent prompt that may overtake it, or the prompts with the least slack."""
+        """The batch under way, an urgent prompt that may overtake it, or the prompts that are due first."""
         if view.prefills:
             return urgent_prompt(view, costs, self._scan) or view.prefills[-1]
         if not view.num_waiting:
