@@ -31,6 +31,7 @@ from rich.table import Table
 from drift_core.engine import EngineConfig
 from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
+from drift_gateway import garbage
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.admin import AdminPort, check_admin_address
 from drift_gateway.gate import DEFAULT_LIMITS, GateLimits
@@ -129,6 +130,7 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
                 await asyncio.wait((started,))
                 return 0
             served = started.result()
+        garbage.settle()
         display.summarise(served, Address(options.address.host, gateway.port), options.security)
         if options.http is not None:
             pages_at = Address(options.http.host, pages.port)
