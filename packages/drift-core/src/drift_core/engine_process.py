@@ -1,10 +1,12 @@
-"""The engine behind its socket: frames in, one frame out per step.
+"""The engine behind its sockets, one for each gateway: frames in, one frame out per step and gateway.
 
-Knows nothing of models: it translates between frames and the engine's calls and outputs.
+The gateway that started it has the first connection, and the engine ends when that does; `Join` names others, which
+come and go. Knows nothing of models: it translates between frames and the engine's calls and outputs.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -13,13 +15,18 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NoReturn
 
+import msgspec
+
 from drift_core.engine import Engine, EngineConfig
 from drift_core.frames import (
     AcceptedItem,
+    Answer,
     Cancel,
     Failed,
     FinishedItem,
+    Join,
     LoadItem,
+    Ready,
     Shutdown,
     Starting,
     StepFrame,
@@ -31,7 +38,8 @@ from drift_core.frames import (
 from drift_core.lanes_now import LanesNow
 from drift_core.link import EngineLink
 from drift_core.operations import Operations
-from drift_scheduler.domain import Accepted, Finished, FinishReason, Lane, Step, Tokens
+from drift_core.origins import IdInUseError, Origin, Origins
+from drift_scheduler.domain import Accepted, Finished, FinishReason, Lane, Nudged, Step, Tokens
 from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.engine")
@@ -49,22 +57,21 @@ def serve_socket(config: EngineConfig, socket_path: str) -> None:
     try:
         engine = Engine.start(config, lambda phase, fraction: link.send(Starting(phase, fraction)))
     except DriftError as error:
-        _give_up(link, Failed(str(error)), 2)
+        _give_up(session, Failed(str(error)), 2)
     except Exception as error:
         log.exception("the engine could not start")
-        _give_up(link, Failed(f"the engine could not start: {_line(error)}", usage=False), 1)
+        _give_up(session, Failed(f"the engine could not start: {_line(error)}", usage=False), 1)
     try:
         session.serve(engine)
     except Exception as error:
         log.exception("the engine failed")
-        _give_up(link, Failed(f"the engine failed: {_line(error)}", usage=False), 1)
+        _give_up(session, Failed(f"the engine failed: {_line(error)}", usage=False), 1)
     engine.close()
-    link.close()
+    session.close()
 
 
-def _give_up(link: EngineLink, failed: Failed, status: int) -> NoReturn:
-    link.send(failed)
-    link.close()
+def _give_up(session: _Session, failed: Failed, status: int) -> NoReturn:
+    session.close(failed)
     sys.exit(status)
 
 
@@ -73,7 +80,7 @@ def _line(error: Exception) -> str:
 
 
 class _Session:
-    """What the reader thread and the engine's thread share."""
+    """What the reader threads and the engine's thread share."""
 
     link: EngineLink
 
@@ -82,53 +89,129 @@ class _Session:
         self._operations: Operations | None = None
         self._ending = False
         self._last: LanesNow | None = None
+        self._origins = Origins(lambda frame: self.link.send(frame))
+        self._joined: dict[Origin, EngineLink] = {}
+
+    # ------------------------------------------------------------------------------ the reader threads
 
     def receive(self, frame: ToEngine) -> None:
-        """One frame of the gateway, on the reader thread."""
-        engine = self._engine
+        """One frame of the gateway that started the engine."""
         match frame:
             case Shutdown():
                 self._end()
-            case _ if engine is None:
+            case _ if self._engine is None:
                 log.error("a frame came before the engine was ready: %s", type(frame).__name__)
-            case Submit():
-                self._submit(engine, frame)
-            case Cancel(request_id, stop):
-                engine.cancel(request_id, stop=stop)
+            case Join(call, path):
+                self.link.send(Answer(call, self._join(self._engine, path)))
             case _:
-                assert self._operations is not None, "an engine without operations"
-                self._operations.receive(frame)
+                self._act(self._engine, self._origins.first, frame)
 
     def gateway_gone(self) -> None:
-        """The socket ended."""
+        """The socket of the gateway that started the engine ended."""
         self._end()
 
-    def serve(self, engine: Engine) -> None:
-        """Say that it is ready and serve until told to end."""
-        operations = self._operations = Operations(engine, self.link.send)
-        self._engine = engine
-        if self._ending:
-            return
-        self.link.send(engine.facts(os.getpid()))
-        engine.run(self._deliver)
-        operations.close()
+    def _join(self, engine: Engine, path: str) -> str:
+        """Serve one more gateway; why not, in a line, or nothing."""
+        origin = self._origins.new()
+        try:
+            link = EngineLink(
+                path, functools.partial(self._receive_of, origin), functools.partial(self._leave, origin)
+            )
+        except OSError as error:
+            return f"no gateway listens at {path}: {error.strerror or error}"
+        origin.send, self._joined[origin] = link.send, link
+        if not self._origins.join(origin, self._facts(engine)):
+            self._leave(origin)
+            return f"the gateway at {path} was gone at once"
+        engine.executor.post(Nudged())  # so that it is told of what is there
+        return ""
+
+    def _receive_of(self, origin: Origin, frame: ToEngine) -> None:
+        """One frame of a gateway that joined."""
+        match frame:
+            case Shutdown():
+                self._leave(origin)
+            case Join():
+                log.error("gateway %d asked for another one to join", origin.number)
+            case _:
+                assert self._engine is not None, "a gateway joined before the engine was ready"
+                self._act(self._engine, origin, frame)
+
+    def _leave(self, origin: Origin) -> None:
+        """A gateway that joined is gone: nobody waits for its requests any more."""
+        for request_id in self._origins.leave(origin):
+            if self._engine is not None:
+                self._engine.cancel(request_id)
+        link = self._joined.pop(origin, None)
+        if link is not None:
+            link.close()
+
+    def _act(self, engine: Engine, origin: Origin, frame: ToEngine) -> None:
+        match frame:
+            case Submit():
+                self._submit(engine, origin, frame)
+            case Cancel(request_id, stop):
+                engine.cancel(origin.inside(request_id), stop=stop)
+            case Shutdown() | Join():
+                raise AssertionError("whoever called this acts on those")
+            case _:
+                assert self._operations is not None, "an engine without operations"
+                self._operations.receive(frame, origin.send)
+
+    def _submit(self, engine: Engine, origin: Origin, frame: Submit) -> None:
+        inside = origin.inside(frame.id)
+        entered = False
+
+        def refused(error: Exception) -> None:
+            if entered:
+                self._origins.end(inside)
+            now = time.monotonic()
+            item = FinishedItem(
+                frame.id,
+                FinishReason.REJECTED.value,
+                _plain(error),
+                arrival=frame.arrival,
+                finished=now,
+                id_in_use=isinstance(error, IdInUseError),
+            )
+            origin.send(StepFrame(now, finished=[item]))
+
+        try:
+            entered = self._origins.enter(origin, frame.id)
+            named = frame if inside == frame.id else msgspec.structs.replace(frame, id=inside)
+            engine.submit(named, refused)
+        except (DriftError, ValueError) as error:
+            refused(error)
 
     def _end(self) -> None:
         self._ending = True
         if self._engine is not None:
             self._engine.shut_down()
 
-    def _submit(self, engine: Engine, frame: Submit) -> None:
-        def refused(error: Exception) -> None:
-            now = time.monotonic()
-            reason = FinishReason.REJECTED.value
-            item = FinishedItem(frame.id, reason, _plain(error), arrival=frame.arrival, finished=now)
-            self.link.send(StepFrame(now, finished=[item]))
+    # ------------------------------------------------------------------------------ the engine's thread
 
-        try:
-            engine.submit(frame, refused)
-        except (DriftError, ValueError) as error:
-            refused(error)
+    def serve(self, engine: Engine) -> None:
+        """Say that it is ready and serve until told to end."""
+        operations = self._operations = Operations(engine)
+        self._engine = engine
+        if self._ending:
+            return
+        self.link.send(self._facts(engine))
+        engine.run(self._deliver)
+        operations.close()
+
+    def close(self, failed: Failed | None = None) -> None:
+        """Close the sockets; every gateway is told first how it `failed`, if it did."""
+        for link in (*list(self._joined.values()), self.link):
+            if failed is not None:
+                link.send(failed)
+            link.close()
+
+    def _facts(self, engine: Engine) -> Ready:
+        """As the engine is now: operators may have changed its policies."""
+        assert self._operations is not None, "an engine without operations"
+        dispatch, partition = self._operations.policies
+        return msgspec.structs.replace(engine.facts(os.getpid()), dispatch=dispatch, partition=partition)
 
     def _deliver(self, step: Step) -> None:
         """Send what a step has to tell, unless that is nothing."""
@@ -137,10 +220,12 @@ class _Session:
         assert operations is not None
         operations.after_step(step)
         lanes = engine.executor.lanes_now()
-        if not step.outputs and lanes == self._last:
+        if not step.outputs and lanes == self._last and not self._origins.news_due:
             return
         self._last = lanes
-        self.link.send(step_frame(engine, step, lanes, operations.errors, operations.overload_s()))
+        frame = step_frame(engine, step, lanes, operations.errors, operations.overload_s())
+        for origin, part in self._origins.share(frame, engine.scheduler.live):
+            origin.send(part)
 
 
 def step_frame(

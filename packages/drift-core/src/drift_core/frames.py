@@ -103,6 +103,16 @@ class StopTrace(msgspec.Struct, frozen=True, array_like=True, tag="stop_trace"):
     call: int
 
 
+class Join(msgspec.Struct, frozen=True, array_like=True, tag="join"):
+    """Serve another gateway as well, which listens at `path`: Ready first, then its own requests' steps.
+
+    Answered by an `Answer` to the same `call`. Only the gateway that started the engine asks for this.
+    """
+
+    call: int
+    path: str
+
+
 # ---------------------------------------------------------------------------------- engine to gateway
 
 
@@ -173,7 +183,7 @@ class FinishedItem(msgspec.Struct, frozen=True, array_like=True):
     """The end of a request; nothing about it follows. A token that ends it comes in the same frame.
 
     `reason` is a `drift_scheduler.domain.FinishReason` value; times are on the engine's clock, `None` where the
-    request never got that far.
+    request never got that far. `id_in_use`: rejected because another gateway has a request of that id in flight.
     """
 
     id: str
@@ -190,6 +200,7 @@ class FinishedItem(msgspec.Struct, frozen=True, array_like=True):
     preemptions: int = 0
     tbt_max: float = 0.0
     late_tokens: int = 0
+    id_in_use: bool = False
 
 
 class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -208,11 +219,37 @@ class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     overload_s: float = 0.0
 
 
+class OtherItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request of another gateway that the scheduler has queued: as much of it as forecasts need.
+
+    `id` is the engine's own, which no gateway's requests have. `slo_tbt`: seconds.
+    """
+
+    id: str
+    prompt_tokens: int
+    max_tokens: int
+    priority: int
+    slo_tbt: float
+    slo_class: str
+    cached_tokens: int | None = None
+
+
+class Others(msgspec.Struct, frozen=True, array_like=True):
+    """What a step has to tell of other gateways' requests: who was queued, who got a first token, how many tokens
+    there were in all (the first ones included), and how requests ended."""
+
+    accepted: list[OtherItem] = []
+    first: list[str] = []
+    tokens: int = 0
+    finished: list[FinishedItem] = []
+
+
 class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
-    """Everything one engine step has to tell, for all requests. `time`: of the step, and of its tokens.
+    """Everything one engine step has to tell, for all requests of a gateway. `time`: of the step, and of its tokens.
 
     `partition` (prefill units, decode units) and `sharing` are in force from `time` on, until the next frame;
     `None` with both lanes idle. `prefill_requests` and `decode_requests`: in the lanes now, 0 for an idle lane.
+    Lanes and `load` are the whole engine's. `others`: where several gateways share it, and those had something.
     """
 
     time: float
@@ -224,6 +261,7 @@ class StepFrame(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     prefill_requests: int = 0
     decode_requests: int = 0
     load: LoadItem | None = None
+    others: Others | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
@@ -264,7 +302,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True, tag="answer"):
 
 
 Call = SetPolicy | FlushPrefixes | StartTrace | StopTrace
-ToEngine = Submit | Cancel | Shutdown | Ping | Call
+ToEngine = Submit | Cancel | Shutdown | Ping | Call | Join
 ToGateway = Starting | Ready | StepFrame | Failed | Pong | Answer
 
 _ENCODER: Final = msgspec.msgpack.Encoder()

@@ -25,6 +25,7 @@ from drift_core.frames import (
     Failed,
     FrameError,
     FrameSplitter,
+    Join,
     Ping,
     Pong,
     Ready,
@@ -289,7 +290,7 @@ class EngineClient:
         """Ask whether the engine's loop is alive; `pong` gets the answer."""
         self._send(Ping(number))
 
-    async def ask(self, make: Callable[[int], Call]) -> Answer:
+    async def ask(self, make: Callable[[int], Call | Join]) -> Answer:
         """Have the engine do what `make(call number)` says, between two of its steps. Raises EngineGone."""
         if self.gone.done() or self._transport is None:
             raise EngineGone("the engine is not running")

@@ -36,19 +36,21 @@ from drift_scheduler.overload import OverloadWatch
 
 log = logging.getLogger("drift.engine")
 
+Send = Callable[[Pong | Answer], None]
+"""To the gateway that asked; may be called from any thread."""
+
 RECENT: Final = 0.05
 """Weight of the newest observation in the mean of the cost model's errors: about the last twenty count."""
 
 
 class Operations:
-    """The engine's side of AdminService and of the gateway's heartbeat. `send` may be called from any thread."""
+    """The engine's side of AdminService and of the gateways' heartbeats."""
 
-    def __init__(self, engine: Engine, send: Callable[[Pong | Answer], None]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.errors: dict[Lane, float] = {}
         """By lane, how far predictions were off lately."""
         self._engine = engine
-        self._send = send
-        self._pending: deque[tuple[Call | Ping, dict[str, Any]]] = deque()
+        self._pending: deque[tuple[Call | Ping, dict[str, Any], Send]] = deque()
         self._names = {"dispatch": engine.config.dispatch, "partition": engine.config.partition}
         self._options = {
             "dispatch": engine.config.dispatch_options,
@@ -60,16 +62,16 @@ class Operations:
 
     # -------------------------------------------------------------------------------- the reader thread
 
-    def receive(self, frame: Call | Ping) -> None:
-        """Take a frame; what can be refused without the engine is refused here."""
+    def receive(self, frame: Call | Ping, send: Send) -> None:
+        """Take a frame, to be answered by `send`; what can be refused without the engine is refused here."""
         made: dict[str, Any] = {}
         if isinstance(frame, SetPolicy):
             try:
                 made = _policies(frame)
             except DriftError as error:
-                self._send(Answer(frame.call, _line(error)))
+                send(Answer(frame.call, _line(error)))
                 return
-        self._pending.append((frame, made))
+        self._pending.append((frame, made, send))
         self._engine.executor.post(Nudged())
 
     # -------------------------------------------------------------------------------- the engine's thread
@@ -82,15 +84,20 @@ class Operations:
                 known = self.errors.get(seen.lane, error)
                 self.errors[seen.lane] = known + RECENT * (error - known)
         while self._pending:
-            frame, made = self._pending.popleft()
+            frame, made, send = self._pending.popleft()
             if isinstance(frame, Ping):
-                self._send(Pong(frame.number, *self._longest()))
+                send(Pong(frame.number, *self._longest()))
                 continue
             try:
                 answer = self._carry_out(frame, made)
             except DriftError as error:
                 answer = Answer(frame.call, _line(error))
-            self._send(answer)
+            send(answer)
+
+    @property
+    def policies(self) -> tuple[str, str]:
+        """Dispatch and partition policy in force."""
+        return self._names["dispatch"], self._names["partition"]
 
     def overload_s(self) -> float:
         """What admission is told, as in `LoadItem`."""
