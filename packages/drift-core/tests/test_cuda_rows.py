@@ -18,6 +18,7 @@ from drift_core.sequences import SequenceTable
 from drift_kernels.native_library import NativeUnavailable
 
 PAGE, CAPACITY, PAGES, SPARE, UNITS = 4, 12, 30, 99, 8
+SPARE_PAGE = 77
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -39,6 +40,9 @@ class Pool:
     def page_table(self, request_id: str) -> Any:
         return np.array(self.pages[request_id], np.int32)
 
+    def page_at(self, request_id: str, index: int) -> int:
+        return self.pages[request_id][index]
+
 
 class World:
     """Requests that come and go, and the rows that follow them."""
@@ -47,7 +51,7 @@ class World:
         self.draw = random.Random(seed)
         self.pool, self.sequences, self.cells = Pool(), SequenceTable(), {}
         self.ids: list[str] = []
-        self.made = 0
+        self.made = self.holes = 0
         self.rows = self.new_rows()
         self.blocks = [self.new_block() for _ in range(3)]
 
@@ -107,20 +111,24 @@ class World:
             self.pool.cover(name, len(self.sequences[name].tokens))
         host, table = self.blocks[self.draw.randrange(3)]
         work = self.rows.choose(tuple(self.ids), UNITS)
-        self.rows.fill(host, table, SPARE)
+        self.rows.fill(host, table, (SPARE_PAGE, SPARE))
         anew, (want, want_table) = self.new_rows(), self.new_block()
         fresh = anew.choose(tuple(self.ids), UNITS)
-        anew.fill(want, want_table, SPARE)
+        anew.fill(want, want_table, (SPARE_PAGE, SPARE))
         count = len(self.ids)
-        assert [id(state) for state in self.rows.states] == [id(self.sequences[i]) for i in self.ids]
+        order = list(range(count)) if self.rows.order is None else self.rows.order.tolist()
+        assert [id(self.rows.states[row]) for row in order] == [id(self.sequences[i]) for i in self.ids]
         for field in ("context_lens", "source", "positions", "slots", "sample_cells"):
-            assert host[field][:count].tolist() == want[field][:count].tolist(), field
-        for row, name in enumerate(self.ids):
+            assert host[field][order].tolist() == want[field][:count].tolist(), field
+        for row, name in zip(order, self.ids, strict=True):
             pages = -(-len(self.sequences[name].tokens) // PAGE)
             assert table[row, :pages].tolist() == self.pool.pages[name][:pages], (row, name)
-        assert int((work.items[:, 4] - work.items[:, 3]).sum()) == int(
-            (fresh.items[:, 4] - fresh.items[:, 3]).sum()
-        )
+        for row in set(range(len(self.rows))) - set(order):
+            self.holes += 1
+            assert (host["slots"][row], host["sample_cells"][row], table[row, 0]) == (-1, SPARE, SPARE_PAGE)
+            assert (host["source"][row], host["context_lens"][row]) == (0, 1)
+        mine = work.items[np.isin(work.items[:, 0], order)]
+        assert int((mine[:, 4] - mine[:, 3]).sum()) == int((fresh.items[:, 4] - fresh.items[:, 3]).sum())
         self.rows.done()
         for name in self.ids:
             self.sequences[name].tokens.append(7)
@@ -134,6 +142,11 @@ def test_rows_kept_are_rows_read_anew(seed: int) -> None:
         world.step()
         if world.draw.random() < 0.7 and len(world.rows):
             world.rows.move_on(UNITS)
+            if world.draw.random() < 0.3 and len(world.ids) < CAPACITY:
+                world.join()
+                world.pool.cover(world.ids[-1], len(world.sequences[world.ids[-1]].tokens))
+                world.rows.expect([world.ids[-1]], UNITS)
+    assert world.holes
 
 
 def test_a_block_that_is_up_to_date_gets_only_what_changed() -> None:
@@ -149,7 +162,7 @@ def test_a_block_that_is_up_to_date_gets_only_what_changed() -> None:
     for name in world.ids:
         world.pool.cover(name, len(world.sequences[name].tokens))
     world.rows.choose(tuple(world.ids), UNITS)
-    world.rows.fill(*world.blocks[0], SPARE)
+    world.rows.fill(*world.blocks[0], (SPARE_PAGE, SPARE))
     rewritten = {row for row in range(7) if (table[row] >= 0).any()}
     turned = {i for i, name in enumerate(world.ids) if (len(world.sequences[name].tokens) - 1) % PAGE == 0}
     assert rewritten == turned | {6}

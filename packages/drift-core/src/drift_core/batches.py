@@ -34,6 +34,9 @@ class PageTables(Protocol):
     def page_table(self, request_id: str) -> Int32Array:
         """The request's pages in order."""
 
+    def page_at(self, request_id: str, index: int) -> int:
+        """One of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -223,7 +223,7 @@ class PagedKv:
 
     def extend(self, request_id: str, tokens: int) -> bool:
         """Cover `tokens` positions in all; `False` with nothing changed when pages run out."""
-        held = self._holder(request_id)
+        held = self._held.get(request_id) or self._holder(request_id)
         if tokens <= held.covered_tokens:
             return True
         fresh = -(-tokens // self.page_tokens) - len(held.pages)
@@ -234,7 +234,7 @@ class PagedKv:
 
     def commit(self, request_id: str, tokens: int) -> None:
         """Positions `[0, tokens)` hold computed KV: publish the pages they fill."""
-        held = self._holder(request_id)
+        held = self._held.get(request_id) or self._holder(request_id)
         if tokens > held.covered_tokens:
             raise ValueError(f"request '{request_id}' commits {tokens} tokens, covers {held.covered_tokens}")
         if tokens < held.next_publish:
@@ -259,6 +259,12 @@ class PagedKv:
                 del self._unpublished[request_id]
         return published
 
+    def _settle_one(self, request_id: str) -> None:
+        """Publish what was put off of one request."""
+        stop = self._unpublished.pop(request_id, None)
+        if stop is not None:
+            self._publish(self._held[request_id], stop)
+
     def _publish(self, held: _Held, stop: int) -> None:
         """Publish the first `stop` pages, as far as that is still to be done."""
         self._hash_up_to(held.chain, stop)
@@ -272,7 +278,7 @@ class PagedKv:
     def release(self, request_id: str) -> None:
         """Drop every reference of the request; published pages stay cached until evicted."""
         held = self._holder(request_id)
-        self.settle()
+        self._settle_one(request_id)
         del self._held[request_id]
         refs, hash_of, empty, idle = self._refs, self._hash_of, self._empty, self._idle
         for page in reversed(held.pages):
@@ -312,6 +318,10 @@ class PagedKv:
         table.flags.writeable = False
         return table
 
+    def page_at(self, request_id: str, index: int) -> int:
+        """One entry of the request's page table."""
+        return (self._held.get(request_id) or self._holder(request_id)).pages[index]
+
     def audit(self) -> None:
         """Assert that pages are conserved and each is in exactly one place; for tests."""
         references = [0] * self.total_pages
@@ -349,7 +359,6 @@ class PagedKv:
 
     def _match(self, chain: _Chain, known_tokens: int) -> list[int]:
         """Published pages of the leading tokens that lie within `known_tokens - 1` positions."""
-        self.settle()
         limit = (known_tokens - 1) // self.page_tokens
         published, hashes = self._published, chain.hashes
         matched: list[int] = []
@@ -357,10 +366,29 @@ class PagedKv:
             if index == len(hashes):  # twice as far each time: whoever matches so much will need the rest
                 self._hash_up_to(chain, min(limit, 2 * index + 1))
             page = published.get(hashes[index])
+            if page is None and self._unpublished:
+                self._settle_alike(chain, index)
+                page = published.get(hashes[index])
             if page is None:
                 break
             matched.append(page)
         return matched
+
+    def _settle_alike(self, chain: _Chain, index: int) -> None:
+        """Publish what was put off of requests that may hold page `index` of the chain: they begin as it does."""
+        for request_id, stop in list(self._unpublished.items()):
+            held = self._held[request_id]
+            known = held.chain.hashes
+            if not held.committed <= index < stop:
+                continue
+            if index < len(known):
+                alike = known[index] == chain.hashes[index]
+            elif known:
+                alike = known[-1] == chain.hashes[len(known) - 1]
+            else:
+                alike = held.chain.root == chain.root
+            if alike:
+                self._settle_one(request_id)
 
     def _hash_up_to(self, chain: _Chain, pages: int) -> None:
         """Make the hashes of the first `pages` pages known: each of its parent's hash and its own tokens."""
@@ -387,22 +415,30 @@ class PagedKv:
 
     def _take(self, count: int) -> list[int]:
         """Reference `count` fresh pages; the caller has seen that they are there."""
-        taken: list[int] = []
-        for _ in range(count):
-            if self._empty:
-                page = self._empty.pop()
-            else:
-                page, _ = self._idle.popitem(last=False)
-                digest = self._hash_of[page]
-                assert digest is not None
-                del self._published[digest]
-                self._hash_of[page] = None
-                self.stats.evicted_pages += 1
-            self._refs[page] = 1
-            taken.append(page)
-        used = self.total_pages - len(self._empty) - len(self._idle)
-        self.stats.peak_pages = max(self.stats.peak_pages, used)
+        refs, empty, stats = self._refs, self._empty, self.stats
+        if count == 1 and empty:
+            taken = [empty.pop()]
+        else:
+            at_once = min(count, len(empty))
+            taken = empty[: -at_once - 1 : -1]
+            del empty[len(empty) - at_once :]
+            taken += [self._evict() for _ in range(count - at_once)]
+        for page in taken:
+            refs[page] = 1
+        used = self.total_pages - len(empty) - len(self._idle)
+        if used > stats.peak_pages:
+            stats.peak_pages = used
         return taken
+
+    def _evict(self) -> int:
+        """The cached page that was released first; it caches nothing any more."""
+        page, _ = self._idle.popitem(last=False)
+        digest = self._hash_of[page]
+        assert digest is not None
+        del self._published[digest]
+        self._hash_of[page] = None
+        self.stats.evicted_pages += 1
+        return page
 
     def _holder(self, request_id: str) -> _Held:
         held = self._held.get(request_id)

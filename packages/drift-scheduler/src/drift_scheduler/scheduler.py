@@ -565,13 +565,18 @@ class Scheduler:
         """Cover the next position of every decoding request, preempting where pages run out."""
         rows = self.rows
         self.starved = False
-        for tracked in [rows.tracked[row] for row in rows.short_of_pages()]:
+        short = rows.short_of_pages()
+        if not short:
+            return
+        page = self.kv.page_tokens
+        contexts = rows.context[short].tolist()
+        for tracked, context in zip([rows.tracked[row] for row in short], contexts, strict=True):
+            request_id = tracked.request.id
             while tracked.row >= 0:
-                context = int(rows.context[tracked.row])
-                self.kv.commit(tracked.request.id, context - 1)
-                if self.kv.extend(tracked.request.id, context):
-                    tracked.capacity = self._rounded(context)
-                    rows.capacity[tracked.row] = tracked.capacity
+                self.kv.commit(request_id, context - 1)
+                if self.kv.extend(request_id, context):
+                    tracked.capacity = capacity = -(-context // page) * page
+                    rows.capacity[tracked.row] = capacity
                     break
                 victim = self._victim()
                 if self._in_flight(victim):  # it gives way at the end of its block; decode waits that long

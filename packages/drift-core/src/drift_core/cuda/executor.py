@@ -25,6 +25,7 @@ import numpy as np
 
 from drift_core.batches import PageTables as LanePages
 from drift_core.cuda import estimates, measure
+from drift_core.cuda.cells import chosen_on_host
 from drift_core.cuda.device import Accelerator, Partitions, Place, Stream
 from drift_core.cuda.kernels import Kernels
 from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane, Sampled
@@ -37,7 +38,7 @@ from drift_core.model.decoder import Decoder, KvCache
 from drift_core.profile import Grid
 from drift_core.sampler import SamplerState, sample
 from drift_core.sampling_params import SamplingParams
-from drift_core.sequences import SequenceTable
+from drift_core.sequences import SequenceState, SequenceTable
 from drift_scheduler.cost.hardware import DeviceSpec
 from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import (
@@ -87,6 +88,39 @@ class _Running:
     launches: deque[Callable[[], None]]
     done: Callable[[float], tuple[Event, ...]]
     launched: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """Rows whose tokens need nothing but noting, looked through while the device computes them.
+
+    `usable`: whether all of them are such.
+    """
+
+    states: list[SequenceState]
+    usable: bool
+    appends: list[Callable[[int], None]]
+    samplers: list[SamplerState]
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, states: list[SequenceState]) -> _Plain:
+        """Look through a step's rows."""
+        samplers = [state.sampler for state in states]
+        if any([chosen_on_host(sampler) for sampler in samplers]):
+            return cls(states, False, [], [], frozenset())
+        sets = {id(sampler.stop_ids): sampler.stop_ids for sampler in samplers}
+        stop_ids: frozenset[int] = frozenset().union(*sets.values())
+        return cls(states, True, [state.tokens.append for state in states], samplers, stop_ids)
+
+    def note(self, tokens: list[int], stopped: list[bool]) -> None:
+        """Each row's token, and whether it ends the row's request."""
+        for append, sampler, token in zip(self.appends, self.samplers, tokens, strict=True):
+            append(token)
+            sampler.generated += 1  # what `record` does for a plain request, without the call
+        if not self.stop_ids.isdisjoint(tokens):
+            for row, (sampler, token) in enumerate(zip(self.samplers, tokens, strict=True)):
+                stopped[row] = token in sampler.stop_ids
 
 
 @dataclass(slots=True)
@@ -154,6 +188,10 @@ class CudaExecutor:
         self._formed: set[str] = set()  # requests whose output has a form
         self._masks: list[Matcher] = []  # of the step under way, still to be worked out
         self._settle = kv.settle if isinstance(kv, PagedKv) else None
+        self._states: list[SequenceState] | None = (
+            None  # of the step under way, until they are looked through
+        )
+        self._plain: _Plain | None = None
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -286,7 +324,7 @@ class CudaExecutor:
         self._sequences.forget(request_ids)
         if self._formed:
             self._formed.difference_update(request_ids)
-        self.decode.cells.forget(request_ids)
+        self.decode.forget(request_ids)
         self.prefill.forget(self._sequences)
 
     def lanes_now(self) -> LanesNow:
@@ -348,7 +386,10 @@ class CudaExecutor:
         running = self._running.get(Lane.DECODE)
         decoding = running is not None and running.launched and self._decode_units
         started = self.times.start()
-        if decoding and self.decode.prepare(self._decode_units):
+        if decoding and self._states is not None and self._plain is None:
+            self._plain = _Plain.of(self._states)
+            self.times.stop("prepare", started)
+        elif decoding and self.decode.prepare(self._decode_units):
             self.times.stop("prepare", started)
         elif self._masks:
             self._masks.pop().allowed()
@@ -431,6 +472,8 @@ class CudaExecutor:
         lane.rows.done()
         self._decode_units = units
         self._note_masks()
+        if self._states is not lane.states:
+            self._states, self._plain = lane.states, None
 
     def _start_mixed(self, gang: Gang) -> None:
         block, step = gang.prefill, gang.decode
@@ -458,7 +501,7 @@ class CudaExecutor:
     def _note_masks(self) -> None:
         """What the forms of this step's outputs allow is worked out while the device computes the logits."""
         if self._formed:
-            matchers = (state.sampler.matcher for state in self.decode.rows.states)
+            matchers = (state.sampler.matcher for state in self.decode.states)
             self._masks = [matcher for matcher in matchers if matcher is not None]
 
     def _start_prefill(self, gang: Gang) -> None:
@@ -475,7 +518,11 @@ class CudaExecutor:
         def done(seconds: float) -> tuple[Event, ...]:
             if not ends:
                 return (PrefillDone(seconds, tokens=()),)
-            return (self._prefill_event(self._tokens(lane.sampled()), seconds),)
+            found = self._tokens(lane.sampled())
+            self.decode.expect(
+                [i for i, stopped in zip(found.ids, found.stopped, strict=True) if not stopped]
+            )
+            return (self._prefill_event(found, seconds),)
 
         self._run(Lane.PREFILL, stream, launches, done)
 
@@ -499,19 +546,28 @@ class CudaExecutor:
                 tokens[row], stopped[row] = result.token_ids[index], result.stopped[index]
                 if details is not None and result.logprobs is not None:
                     details[row] = result.logprobs[index]
-        by_host = set(host)
-        for row, (state, token) in enumerate(zip(chosen.states, tokens, strict=True)):
+        self._note(chosen.states, tokens, stopped, set(host))
+        return _Found(chosen.ids, tokens, stopped, details)
+
+    def _note(
+        self, states: list[SequenceState], tokens: list[int], stopped: list[bool], by_host: set[int]
+    ) -> None:
+        """Each token with its request; `sample` has recorded those of the rows `by_host`."""
+        plain = self._plain
+        if plain is not None and plain.usable and plain.states is states:
+            plain.note(tokens, stopped)
+            return
+        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
             state.tokens.append(token)
             sampler = state.sampler
-            if host and row in by_host:
-                continue  # `sample` has recorded it
+            if row in by_host:
+                continue
             if not sampler.plain:
                 stopped[row] = sampler.record(token)
                 continue
             sampler.generated += 1  # what `record` does for a plain request, without the call
             if token in sampler.stop_ids:
                 stopped[row] = True
-        return _Found(chosen.ids, tokens, stopped, details)
 
     def _prefill_event(self, found: _Found, seconds: float) -> PrefillDone:
         return PrefillDone(seconds, found.tokens, found.stopped_ids(), found.named_details())

@@ -17,7 +17,7 @@ from torch import Tensor
 from drift_core.batches import PageTables
 from drift_core.cuda.buffers import Array, PassBuffers, Room
 from drift_core.cuda.cells import TokenCells, chosen_on_host, draws
-from drift_core.cuda.decode_work import Ints
+from drift_core.cuda.decode_work import DecodeWork, Ints
 from drift_core.cuda.device import Accelerator, Graph, Stream, Touches, Work
 from drift_core.cuda.order import Order
 from drift_core.cuda.passes import Extent, Graphs, Model, Outputs, Pass, kv_cells, token_cells
@@ -60,6 +60,7 @@ class _Asked:
     ids: tuple[str, ...] = ()
     states: list[SequenceState] = field(default_factory=list)
     host_rows: list[int] = field(default_factory=list)
+    order: Ints | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -82,27 +83,41 @@ class _Chooser:
 
     def __init__(self, accelerator: Accelerator, outputs: Outputs, cells: TokenCells) -> None:
         self._accelerator, self._outputs, self._cells = accelerator, outputs, cells
-        self._asked = _Asked()
+        self.asked = _Asked()
         self._wishes: _Wishes | None = None
 
     def ask(
-        self, ids: tuple[str, ...], states: list[SequenceState], host: dict[str, Array], each: Pass
+        self,
+        ids: tuple[str, ...],
+        states: list[SequenceState],
+        host: dict[str, Array],
+        each: Pass,
+        order: Ints | None = None,
     ) -> Callable[[Stream, int], None]:
-        """How the next tokens of `ids` are chosen; returns what to launch once their logits are there."""
+        """How the next tokens of `ids` are chosen; returns what to launch once their logits are there.
+
+        order: the rows that somebody wants a token of, in the order of the answer; all of them when not given.
+        """
         wishes = self._wishes
         if wishes is None or wishes.states is not states:
             wishes = self._wishes = self._read(ids, states)
         else:
             wishes.steps += 1
         host_rows, drawn = wishes.host_rows, wishes.columns is not None
-        asked, count = _Asked(ids, states, host_rows), len(ids)
+        count = len(ids)
+        if order is None:
+            asked = _Asked(ids, states, host_rows)
+        else:
+            assert not host_rows, "rows without a request beside rows chosen on the host"
+            at = order.tolist()
+            asked = _Asked(tuple([ids[row] for row in at]), [states[row] for row in at], [], order)
         if wishes.columns is not None:
             for name, column in wishes.columns.items():
                 host[name][:count] = column
             host["drawn"][:count] = wishes.drawn + wishes.steps
 
         def launch(stream: Stream, units: int) -> None:
-            self._asked = asked
+            self.asked = asked
 
             def touches() -> Touches:
                 return Touches([each.buffers.device], self._outputs.own())
@@ -121,13 +136,14 @@ class _Chooser:
 
     def answer(self) -> Sampled:
         """The tokens, once the pass is done."""
-        asked, out = self._asked, self._outputs
+        asked, out = self.asked, self._outputs
         self._accelerator.host_reads(out.host_tokens)
         logits = None
         if asked.host_rows:
             self._accelerator.host_reads(out.host_logits)
             logits = out.host_logits
-        tokens: list[int] = out.chosen[: len(asked.ids)].tolist()
+        chosen = out.chosen[: len(asked.ids)] if asked.order is None else out.chosen[asked.order]
+        tokens: list[int] = chosen.tolist()
         return Sampled(asked.ids, asked.states, tokens, asked.host_rows, logits)
 
     def _read(self, ids: tuple[str, ...], states: list[SequenceState]) -> _Wishes:
@@ -177,6 +193,12 @@ class DecodeLane:
         self._steps = self._pass(Room(rows, rows, rows, self._pages, narrow=kernels.narrow_size(rows, units)))
         for _ in range(2):  # every step has one row a sequence
             self._steps.buffers.open()["query_starts"][:] = np.arange(rows + 1)
+        self._opened = False  # whether a host block of steps is open, and not sent yet
+        self._filled: DecodeWork | None = (
+            None  # the work that is written there already, with the rows it is of
+        )
+        self._ahead = False  # whether the other host block may be written while the step under way runs
+        self._joining: list[str] = []
         self._mixes = self._pass(self._mixed_room(prefill_tokens))
         self._chooser = _Chooser(accelerator, self.outputs, self.cells)
         self.graphs = Graphs(accelerator)
@@ -212,32 +234,51 @@ class DecodeLane:
         """Every mixed pass samples from as many rows: reading the head's weights costs the same for few."""
         return Extent(tokens, self._mixes.room.sequences, self._samples, BOTH)
 
+    def expect(self, ids: Sequence[str]) -> None:
+        """These have their first token, and will most likely be in the next step."""
+        self._joining += ids
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """These have ended."""
+        self.cells.forget(ids)
+        if self._joining:
+            self._joining = [request_id for request_id in self._joining if request_id not in ids]
+
     def prepare(self, units: int) -> bool:
-        """Make the rows stand at the next step, while this one runs; whether there was anything to do."""
-        if self.rows.standing or not len(self.rows):
+        """Do some of what the next step needs, while this one runs; whether there was anything to do."""
+        rows = self.rows
+        if not len(rows):
             return False
-        self.rows.move_on(units)
+        if not rows.standing:
+            rows.move_on(units)
+        elif self._joining:
+            rows.expect(self._joining, units)
+            self._joining = []
+        elif self._ahead and self._filled is None and rows.work is not None:
+            self._fill_ahead(rows.work)
+        else:
+            return False
         return True
 
     def step(self, ids: tuple[str, ...], stream: Stream, units: int, order: Order) -> Launch:
         """One token for each of `ids`."""
-        extent = step_extent(bucket_of(len(ids)))
-        if not self.graphs.ready(stream.place, extent):
+        each, rows, self._joining = self._steps, self.rows, []
+        work = rows.choose(ids, units)
+        count, spare = len(rows), (self._spare_page, self.cells.spare)
+        extent = step_extent(bucket_of(count))
+        self._ahead = self.graphs.ready(stream.place, extent)  # else the other block is sent with the capture
+        if not self._ahead:
             order.catch_up(stream)
         graph = self.graph(stream, extent, units)
-        each = self._steps
-        work, rows = self.rows.choose(ids, units), self.rows
-        host = each.buffers.open()
+        host = each.buffers.reopen() if work is self._filled else self._fill_ahead(work)
         table = each.buffers.table(host)
-        count = len(ids)
-        rows.fill(host, table, self.cells.spare)
+        rows.fill_rest(host, table, spare)
         if count < extent.tokens:
-            pad(host, table, count, extent.tokens, (self._spare_page, self.cells.spare))
-        _fill_list(host, "narrow", work.bounds, work.items, work.merges)
-        choose = self._chooser.ask(ids, rows.states, host, each)
-        run = Work(
-            "decode", _nothing, self._touches(each, host, extent, np.zeros(0, np.int64)), count, self._layers
-        )
+            pad(host, table, count, extent.tokens, spare)
+        self._filled, self._opened = None, False
+        choose = self._chooser.ask(rows.ids, rows.states, host, each, rows.order)
+        touches = self._touches(each, host, extent, np.zeros(0, np.int64))
+        run = Work("decode", _nothing, touches, count, self._layers)
 
         def launch() -> None:
             each.buffers.send(stream, extent.sequences)
@@ -246,12 +287,22 @@ class DecodeLane:
 
         return launch
 
+    def _fill_ahead(self, work: DecodeWork) -> dict[str, Array]:
+        """Write what the rows that stand there and their work say into a host block."""
+        buffers = self._steps.buffers
+        host = buffers.reopen() if self._opened else buffers.open()
+        self._opened, self._filled = True, work
+        self.rows.fill_ahead(host)
+        _fill_list(host, "narrow", work.bounds, work.items, work.merges)
+        return host
+
     def graph(self, stream: Stream, extent: Extent, units: int) -> Graph:
         """The captured step of an extent on a stream."""
         each = self._steps if extent.lists == NARROW else self._mixes
 
         def make() -> Work:
             self.rows.forget_blocks()
+            self._filled, self._opened = None, False
             host = each.buffers.open()
             table = each.buffers.table(host)
             pad(host, table, 0, extent.sequences, (self._spare_page, self.cells.spare))
@@ -297,10 +348,11 @@ class DecodeLane:
         else:
             extent = exact
         self.rows.forget_rows([chunk.request_id for chunk in chunks])
-        work = self.rows.choose(ids, units)
+        self._filled, self._joining = None, []
+        work = self.rows.choose(ids, units, dense=True)
         host = each.buffers.open()
         table = each.buffers.table(host)
-        self.rows.fill(host, table, self.cells.spare)
+        self.rows.fill(host, table, (self._spare_page, self.cells.spare))
         pages = self._fill_chunks(each, host, table, chunks, count, units)
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         pad_from = count + len(chunks)
@@ -325,6 +377,11 @@ class DecodeLane:
             choose(stream, units)
 
         return launch
+
+    @property
+    def states(self) -> list[SequenceState]:
+        """Whose tokens the pass under way will yield, in order."""
+        return self._chooser.asked.states
 
     def sampled(self) -> Sampled:
         """What the pass that is done now yields."""

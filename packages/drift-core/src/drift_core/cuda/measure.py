@@ -124,6 +124,10 @@ class MadeUpPages:
         start = crc32(request_id.encode()) % self._num_pages
         return ((start + np.arange(count)) % self._num_pages).astype(np.int32)
 
+    def page_at(self, request_id: str, index: int) -> int:
+        """One of them."""
+        return (crc32(request_id.encode()) + index) % self._num_pages
+
 
 class Rig:
     """Runs made-up work on an executor's device. `close` gives back nothing: streams belong to the executor."""

@@ -8,7 +8,7 @@ has changed since it was filled last. Knows nothing of streams, layers or why a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import is_not
@@ -23,6 +23,9 @@ from drift_core.sequences import SequenceState, SequenceTable
 
 RECUT_STEPS = 64
 """Steps of the same rows after which their work is cut anew, so that shares stay equal."""
+
+MOST_HOLES = 8
+"""Rows that may do nothing in a step."""
 
 MOST_NOTES = 16
 """Changes of page tables after which writing all of them takes no longer."""
@@ -88,6 +91,14 @@ class DecodeRows:
         self._work_sms = 0
         self._age = 0
         self._moved = False  # whether the rows stand at the next step already
+        self._turning: Ints | None = (
+            None  # rows whose step writes the first slot of a page, once that is known
+        )
+        self._turned: list[Ints] = []  # of those, the ones whose page was looked up since `fill`
+        self.order: Ints | None = None
+        """The row of each request of the step, where some rows are nobody's; `None` where they follow each other."""
+        self._holes: list[int] = []  # those rows
+        self._wanted: tuple[str, ...] = ()  # the requests of the step, then
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -98,6 +109,11 @@ class DecodeRows:
         return self._moved
 
     @property
+    def work(self) -> DecodeWork | None:
+        """The attention work of the step that rows stand at, as far as it is known."""
+        return self._work
+
+    @property
     def context(self) -> Ints:
         """Positions that the step prepared last reads, its own included."""
         return self._context[: len(self.states)]
@@ -106,6 +122,7 @@ class DecodeRows:
     def pages_used(self) -> Table:
         """Pages that the step reads, of all rows one after another."""
         there = np.arange(self._width) < -(-self.context // self._kv.page_tokens)[:, None]
+        there[self._holes] = False
         pages: Table = self._table[: len(self.states), : self._width][there]
         return pages
 
@@ -113,20 +130,42 @@ class DecodeRows:
         """Make the rows stand at the step after the last one; once per step, early or late."""
         if self._moved:
             return
+        self._close_holes()
         self._moved = True
         count = len(self.states)
         self._context[:count] += 1
         self._slots[:count] += 1
+        self._turning = None
         self._age += 1
         if self._work is None or self._work_sms != num_sms or self._age >= RECUT_STEPS:
             self._recut(num_sms)
         else:
             self._work.advance()
+        self._find_turning()
 
-    def choose(self, request_ids: tuple[str, ...], num_sms: int) -> DecodeWork:
-        """Rows for the step of `request_ids`, standing at it; pages newly reached are read from the pool."""
+    def expect(self, joining: Sequence[str], num_sms: int) -> None:
+        """These will decode from the next step on, after those that do: read them while there is time.
+
+        The rows stand at that step already. `choose` puts right what comes otherwise.
+        """
+        known = self._row_of
+        fresh = tuple(request_id for request_id in joining if request_id not in known)
+        if fresh and len(self.ids) + len(fresh) <= len(self._context):
+            self._regroup(self.ids + fresh)
+            self._recut(num_sms)
+            self._find_turning()
+
+    def choose(self, request_ids: tuple[str, ...], num_sms: int, *, dense: bool = False) -> DecodeWork:
+        """Rows for the step of `request_ids`, standing at it; pages newly reached are read from the pool.
+
+        Where requests have only left, their rows may stay in it and do nothing: closing the gaps and cutting the
+        work anew waits for `move_on`, when the device is busy. `dense`: not this time.
+        """
+        if not self._moved:
+            self._close_holes()
         if request_ids is not self.ids and request_ids != self.ids:
-            self._regroup(request_ids)
+            if dense or not self._leave_holes(request_ids, num_sms):
+                self._regroup(request_ids)
         self.move_on(num_sms)
         if self._work is None or self._work_sms != num_sms:
             self._recut(num_sms)
@@ -140,33 +179,47 @@ class DecodeRows:
 
     def reset(self) -> None:
         """Know nothing of any request."""
+        self.order, self._holes = None, []
         self._regroup(())
 
     def forget_rows(self, request_ids: list[str]) -> None:
         """These prefill (again), so what their rows say will not hold."""
         for request_id in request_ids:
             if self._row_of.pop(request_id, None) is not None:
-                self.ids = ()
+                self.ids, self.order, self._holes = (), None, []
 
     def forget_blocks(self) -> None:
         """Somebody else wrote into the host blocks."""
         for block in self._blocks:
             block.rewrite()
 
-    def fill(self, host: dict[str, Array], table: Table, spare_cell: int) -> None:
-        """Write tokens and sequences 0..B-1; `spare_cell` takes the tokens that go nowhere."""
+    def fill(self, host: dict[str, Array], table: Table, spare: tuple[int, int]) -> None:
+        """Write tokens and sequences 0..B-1. spare: (page, cell) of what belongs to nobody and goes nowhere."""
+        self.fill_ahead(host)
+        self.fill_rest(host, table, spare)
+
+    def fill_ahead(self, host: dict[str, Array]) -> None:
+        """Write what is known before the step that runs has ended."""
         count = len(self.states)
         context, cells = self._context[:count], self._cells[:count]
         host["context_lens"][:count] = context
         np.subtract(context, 1, out=host["positions"][:count])
         np.subtract(-1, cells, out=host["source"][:count])
         host["slots"][:count] = self._slots[:count]
-        targets = host["sample_cells"]
-        targets[:count] = cells
+        host["sample_cells"][:count] = cells
+        self._turned.clear()
+
+    def fill_rest(self, host: dict[str, Array], table: Table, spare: tuple[int, int]) -> None:
+        """Write what is not: tokens chosen on the host, pages newly reached, who has left."""
+        for rows in self._turned:
+            host["slots"][rows] = self._slots[rows]
+        self._turned.clear()
         for row in self._on_host:
             host["source"][row] = self.states[row].tokens[-1]
-            targets[row] = spare_cell
-        self._fill_table(host, table, count)
+            host["sample_cells"][row] = spare[1]
+        self._fill_table(host, table, len(self.states))
+        for row in self._holes:
+            pad(host, table, row, row + 1, spare)
 
     # ------------------------------------------------------------------------------------------
 
@@ -196,22 +249,51 @@ class DecodeRows:
         self._drop_work()
         self._work, self._work_sms, self._age = self._cut(self.context, num_sms), num_sms, 0
 
+    def _leave_holes(self, request_ids: tuple[str, ...], num_sms: int) -> bool:
+        """Whether the rows serve this step as they stand, some of them as nobody's."""
+        here, row_of = len(self.ids), self._row_of
+        if not self._moved or self._work_sms != num_sms or self._work is None or self._on_host:
+            return False
+        if not 0 < here - len(request_ids) <= MOST_HOLES:
+            return False
+        order = [row_of.get(request_id, -1) for request_id in request_ids]
+        holes = set(range(here)).difference(order)
+        if len(holes) != here - len(request_ids):
+            return False  # somebody is new
+        self.order, self._holes, self._wanted = np.array(order, np.int64), sorted(holes), request_ids
+        return True
+
+    def _close_holes(self) -> None:
+        if self.order is not None:
+            self.order, self._holes = None, []
+            self._regroup(self._wanted)
+
+    def _find_turning(self) -> None:
+        self._turning = ((self.context - 1) % self._kv.page_tokens == 0).nonzero()[
+            0
+        ]  # a third of flatnonzero's time
+
     def _turn_pages(self) -> None:
         """Rows whose step writes the first slot of a page: which page that is, the pool knows by now."""
-        tokens = self._kv.page_tokens
-        position = self.context - 1
-        rows = (position % tokens == 0).nonzero()[0]  # a third of flatnonzero's time
+        if self._turning is None:
+            self._find_turning()
+        rows = self._turning
+        assert rows is not None
+        if self._holes:
+            rows = rows[~np.isin(rows, self._holes)]
         if not len(rows):
             return
-        entries = position[rows] // tokens
-        page_table, ids = self._kv.page_table, self.ids
-        pages = [
-            page_table(ids[row])[entry] for row, entry in zip(rows.tolist(), entries.tolist(), strict=True)
-        ]
-        new = np.array(pages, np.int64)
+        tokens = self._kv.page_tokens
+        entries = (self._context[rows] - 1) // tokens
+        page_at, ids = self._kv.page_at, self.ids
+        new = np.array(
+            [page_at(ids[row], entry) for row, entry in zip(rows.tolist(), entries.tolist(), strict=True)],
+            np.int64,
+        )
         self._table[rows, entries] = new
         self._slots[rows] = new * tokens
         self._width = max(self._width, int(entries.max()) + 1)
+        self._turned.append(rows)
         for block in self._blocks:
             block.note(rows, entries)
 
@@ -235,6 +317,7 @@ class DecodeRows:
                 self.states[row] = state
             else:
                 self.states.append(state)
+        self._turning = None
         self._on_host = (self._cells[:count] == HOST_TOKEN).nonzero()[0].tolist()
         rows = np.array(changed, np.int64)
         for block in self._blocks:
@@ -267,7 +350,7 @@ class DecodeRows:
 def pad(
     host: dict[str, Array], table: npt.NDArray[np.int32], count: int, bucket: int, spare: tuple[int, int]
 ) -> None:
-    """Rows that fill a bucket up: one token of a page that belongs to nobody, stored nowhere. spare: (page, cell)."""
+    """Rows count..bucket-1 are nobody's: one token of a page that belongs to nobody, stored nowhere. spare: (page, cell)."""
     page, cell = spare
     host["context_lens"][count:bucket] = 1
     host["source"][count:bucket] = 0
