@@ -6,6 +6,7 @@ what its script says; steps come every `step_seconds`, or one by one when it is 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -62,6 +63,7 @@ READY = Ready(
     eos_token_ids=[299],
 )
 PATIENCE_S = 30.0
+_PIDS = itertools.count(10**7)  # of engines that are threads: no two the same, and no process has them
 
 Script = Callable[[Submit], Sequence[int]]
 
@@ -184,7 +186,7 @@ class FakeEngine:
     def _run(self) -> None:
         self.link.send(Starting("load weights", 0.0))
         self.link.send(Starting("load weights", 1.0))
-        self.link.send(self.ready)
+        self.link.send(msgspec.structs.replace(self.ready, pid=self.ready.pid or next(_PIDS)))
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.ended.is_set() or self._may_step())

@@ -32,6 +32,7 @@ from drift_core.frames import (
     StepFrame,
     Submit,
     ToEngine,
+    ToGateway,
     TokenLogprob,
     TokensItem,
 )
@@ -89,8 +90,11 @@ class _Session:
         self._operations: Operations | None = None
         self._ending = False
         self._last: LanesNow | None = None
-        self._origins = Origins(lambda frame: self.link.send(frame))
+        self._origins = Origins(self._send_first)
         self._joined: dict[Origin, EngineLink] = {}
+
+    def _send_first(self, frame: ToGateway) -> None:
+        self.link.send(frame)  # the link is made after this object
 
     # ------------------------------------------------------------------------------ the reader threads
 

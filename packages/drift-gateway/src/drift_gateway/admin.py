@@ -12,11 +12,11 @@ import logging
 import re
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 from google.protobuf.message import Message
@@ -46,11 +46,51 @@ _ADD_ADMIN: Final[Callable[[Any, grpc.aio.Server], None]] = admin_pb2_grpc.add_A
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+class Operated(Protocol):
+    """The gateways that serve the public port, as operators act on them: one, or several processes."""
+
+    async def drain(self, draining: bool) -> None:
+        """Refuse new requests, or take them again."""
+
+    async def in_flight(self) -> int:
+        """Outputs that have not ended."""
+
+    async def abort(self, request_ids: Sequence[str] | None) -> list[str]:
+        """End these requests, or all; those that were in flight."""
+
+    async def policies_changed(self, dispatch: str, partition: str) -> None:
+        """The running engine decides by other policies now."""
+
+
+class OneGateway:
+    """This process serves the public port itself."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    async def drain(self, draining: bool) -> None:
+        """As `Operated`."""
+        self._supervisor.drain(draining)
+
+    async def in_flight(self) -> int:
+        """As `Operated`."""
+        return self._supervisor.in_flight
+
+    async def abort(self, request_ids: Sequence[str] | None) -> list[str]:
+        """As `Operated`."""
+        return self._supervisor.abort_by_admin(request_ids)
+
+    async def policies_changed(self, dispatch: str, partition: str) -> None:
+        """As `Operated`."""
+        self._supervisor.policies_changed(dispatch, partition)
+
+
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """See proto/drift_gateway/v1/admin.proto. `traces`: the folder for decision logs, `None` where there is none."""
 
-    def __init__(self, supervisor: Supervisor, traces: Path | None) -> None:
+    def __init__(self, supervisor: Supervisor, operated: Operated, traces: Path | None) -> None:
         self._supervisor = supervisor
+        self._operated = operated
         self._traces = traces
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
@@ -61,14 +101,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 if request.timeout_ms > MAX_DRAIN_MS:
                     raise invalid("timeout_ms", f"{request.timeout_ms} is more than {MAX_DRAIN_MS}")
                 seconds = request.timeout_ms / 1e3
-            self._supervisor.drain(True)
+            await self._operated.drain(True)
             return pb.DrainResponse(in_flight=await self._wait_for_none(seconds))
         raise AssertionError("the call was aborted")
 
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> pb.ResumeResponse:
         """Take requests again."""
         async with _called("Resume", request, context):
-            self._supervisor.drain(False)
+            await self._operated.drain(False)
             return pb.ResumeResponse(readiness=READINESS[self._supervisor.state])
         raise AssertionError("the call was aborted")
 
@@ -79,15 +119,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         async with _called("AbortRequests", request, context):
             if bool(request.request_ids) == request.all:
                 raise invalid("request_ids", "give either request_ids or all")
-            names = (
-                self._supervisor.request_ids() if request.all else list(dict.fromkeys(request.request_ids))
-            )
-            refusal = Refusal(Reason.ABORTED_BY_ADMIN, "an operator ended the request")
-            ended = {name: self._supervisor.abort(name, refusal) for name in names}
-            return pb.AbortRequestsResponse(
-                aborted=[name for name, was in ended.items() if was],
-                unknown=[name for name, was in ended.items() if not was],
-            )
+            names = None if request.all else list(dict.fromkeys(request.request_ids))
+            aborted = await self._operated.abort(names)
+            unknown = [name for name in names or () if name not in aborted]
+            return pb.AbortRequestsResponse(aborted=aborted, unknown=unknown)
         raise AssertionError("the call was aborted")
 
     async def SetPolicy(self, request: pb.SetPolicyRequest, context: Context) -> pb.SetPolicyResponse:
@@ -100,7 +135,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 field = "partition" if "partition policy" in answer.error or dispatch is None else "dispatch"
                 raise invalid(field, answer.error)
             policies = info_pb2.Policies(dispatch=answer.dispatch, partition=answer.partition)
-            self._supervisor.policies_changed(answer.dispatch, answer.partition)
+            await self._operated.policies_changed(answer.dispatch, answer.partition)
             return pb.SetPolicyResponse(policies=policies)
         raise AssertionError("the call was aborted")
 
@@ -161,8 +196,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         """Outputs in flight when there are none, or when the time is over."""
         deadline = time.monotonic() + seconds
         while True:
-            served = self._supervisor.served
-            left = served.client.in_flight if served is not None else 0
+            left = await self._operated.in_flight()
             if not left or time.monotonic() >= deadline:
                 return left
             await asyncio.sleep(0.02)
@@ -184,13 +218,23 @@ async def _called(method: str, request: Message, context: Context) -> AsyncItera
 
 
 class AdminPort:
-    """The server of AdminService alone. `port` is the one taken, once `open` has returned."""
+    """The server of AdminService alone. `port` is the one taken, once `open` has returned.
 
-    def __init__(self, supervisor: Supervisor, security: Security, traces: Path | None = None) -> None:
+    `operated`: the gateways that it acts on; without, the one in this process.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        security: Security,
+        traces: Path | None = None,
+        operated: Operated | None = None,
+    ) -> None:
         self.port = 0
         self._security = security
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=security.interceptors)
-        _ADD_ADMIN(AdminService(supervisor, traces), self._server)
+        service = AdminService(supervisor, operated or OneGateway(supervisor), traces)
+        _ADD_ADMIN(service, self._server)
         reflection.enable_server_reflection((ADMIN, reflection.SERVICE_NAME), self._server)
 
     async def open(self, address: Address) -> None:

@@ -38,10 +38,17 @@ SHARINGS = {
 
 
 class InfoService(info_pb2_grpc.InfoServiceServicer):
-    """Answers in every state. `stopping` ends the streams of watchers."""
+    """Answers in every state. `stopping` ends the streams of watchers. `process`: which of how many gateways it is."""
 
-    def __init__(self, supervisor: Supervisor, max_in_flight: int, stopping: asyncio.Event) -> None:
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        max_in_flight: int,
+        stopping: asyncio.Event,
+        process: tuple[int, int] = (1, 1),
+    ) -> None:
         self._supervisor = supervisor
+        self._process = process
         self._max_in_flight = max_in_flight
         self._stopping = stopping
 
@@ -59,6 +66,7 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
         info = pb.GetServerInfoResponse(
             version=__version__, readiness=READINESS[supervisor.state], engine_restarts=supervisor.restarts
         )
+        info.gateway, info.gateways = self._process
         if supervisor.served is None and supervisor.phase is not None:
             phase = supervisor.phase
             info.start_up.CopyFrom(pb.StartUp(phase=phase.phase, fraction=phase.fraction))
@@ -151,11 +159,11 @@ class InfoService(info_pb2_grpc.InfoServiceServicer):
         supervisor = self._supervisor
         timeline, served = supervisor.timeline, supervisor.served
         load = pb.Load(
-            in_flight=served.client.in_flight if served is not None else 0,
+            in_flight=supervisor.in_flight,
             max_in_flight=self._max_in_flight,
             tokens_generated=timeline.tokens_generated,
             requests_finished=timeline.requests_finished,
-            waiting_prefill_tokens=supervisor.stats.waiting_prefill_tokens,
+            waiting_prefill_tokens=supervisor.waiting_prefill_tokens,
             prompt_tokens=supervisor.stats.prompt_tokens,
             cached_tokens=supervisor.stats.cached_tokens,
         )

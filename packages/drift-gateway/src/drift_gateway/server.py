@@ -38,8 +38,12 @@ _ADD_GENERATION: Final[Callable[[Any, grpc.aio.Server], None]] = (
 )
 _ADD_INFO: Final[Callable[[Any, grpc.aio.Server], None]] = info_pb2_grpc.add_InfoServiceServicer_to_server
 
+PORT_OF_ONE: Final = ("grpc.so_reuseport", 0)
+"""A second server on the port fails instead of taking half of the calls."""
+PORT_OF_SEVERAL: Final = ("grpc.so_reuseport", 1)
+
 SERVER_OPTIONS: Final = (
-    ("grpc.so_reuseport", 0),  # a second server on the port fails instead of taking half of the calls
+    PORT_OF_ONE,
     ("grpc.max_receive_message_length", 16 * 1024 * 1024),
     ("grpc.max_send_message_length", 16 * 1024 * 1024),
     ("grpc.max_metadata_size", 16 * 1024),
@@ -57,6 +61,9 @@ SERVER_OPTIONS: Final = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+
+NOT_SHARED: Final = "several gateway processes need SO_REUSEPORT to share a port, and this system has none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,29 @@ def check_address(address: Address, insecure_bind: bool, security: SecurityOptio
             raise DriftError(_why_not(address, error)) from error
 
 
+def reserve_port(address: Address) -> tuple[socket.socket, Address]:
+    """Hold a port, on which nobody listens yet, for several processes: the socket to close when it is no longer
+    needed, and the address with the port that port 0 became. Raises DriftError, also where ports cannot be shared.
+    """
+    if not hasattr(socket, "SO_REUSEPORT"):
+        raise DriftError(f"{NOT_SHARED}; use --gateways 1")
+    family, _, _, _, where = socket.getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    held = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError as error:
+        held.close()
+        raise DriftError(f"{NOT_SHARED} ({error.strerror or error}); use --gateways 1") from error
+    try:
+        held.bind(where)
+    except OSError as error:
+        held.close()
+        raise DriftError(_why_not(address, error)) from error
+    return held, Address(address.host, int(held.getsockname()[1]))
+
+
 def _why_not(address: Address, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {address.port} on {address.host} is in use; stop what listens there or give another --listen"
@@ -125,7 +155,8 @@ class Gateway:
     """A gRPC server in front of a supervised engine. `port` is the one taken, once `open` has returned.
 
     `compat`: others' protocols to serve beside drift.v1, of `drift_gateway.compat.NAMES`. `limits`: who is let in;
-    without, at most `max_in_flight` outputs, and what follows from that.
+    without, at most `max_in_flight` outputs, and what follows from that. `process`: which of how many gateway processes
+    of its service this is, from 1; several share the port.
     """
 
     def __init__(
@@ -135,6 +166,7 @@ class Gateway:
         security: Security | None = None,
         compat: Sequence[str] = (),
         limits: GateLimits | None = None,
+        process: tuple[int, int] = (1, 1),
     ) -> None:
         self.supervisor = supervisor
         self.security = security if security is not None else Security()
@@ -144,11 +176,12 @@ class Gateway:
         supervisor.on_change = self._state_changed
         supervisor.known_tenants = self.security.known_tenants
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=self.security.interceptors)
+        options = (PORT_OF_ONE if process[1] == 1 else PORT_OF_SEVERAL, *SERVER_OPTIONS[1:])
+        self._server = grpc.aio.server(options=options, interceptors=self.security.interceptors)
         limits = limits if limits is not None else GateLimits(max_in_flight)
         self.generations = Generations(supervisor, limits)
         generation = GenerationService(supervisor, self.generations)
-        self.information = InfoService(supervisor, limits.max_in_flight, self._stopping)
+        self.information = InfoService(supervisor, limits.max_in_flight, self._stopping, process)
         _ADD_GENERATION(generation, self._server)
         _ADD_INFO(self.information, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

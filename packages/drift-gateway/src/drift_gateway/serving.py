@@ -9,7 +9,6 @@ import asyncio
 import logging
 import signal
 import time
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,61 +27,24 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from drift_core.engine import EngineConfig
 from drift_core.frames import Starting
 from drift_core.link import EngineFailed, EngineGone
 from drift_gateway import garbage
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.admin import AdminPort, check_admin_address
-from drift_gateway.gate import DEFAULT_LIMITS, GateLimits
-from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT
+from drift_gateway.fleet import Fleet
 from drift_gateway.http.dashboard import add_dashboard
 from drift_gateway.http.operations import add_operations
 from drift_gateway.http.port import HttpPort
 from drift_gateway.observe.access_log import AccessLog
-from drift_gateway.observe.spans import Spans, spans_to
+from drift_gateway.observe.spans import Spans
+from drift_gateway.serve_options import OperationsOptions, ServeOptions, recorders_of
 from drift_gateway.server import Address, Gateway, check_address
 from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
 
 log = logging.getLogger("drift.gateway")
 
-
-@dataclass(frozen=True, slots=True)
-class OperationsOptions:
-    """What operators want: see docs/operations.md. Times are seconds.
-
-    `admin`: where AdminService listens, on loopback. `traces`: its folder for decision logs. `hang_timeout`: without a
-    sign of life from the engine. `lame_duck`: to serve on, after health said NOT_SERVING, before new requests are
-    refused. `access_log`: a path, or "-" for the standard output. `spans`: where OpenTelemetry's go, "otlp" or
-    "console".
-    """
-
-    admin: Address | None = None
-    traces: Path | None = None
-    hang_timeout: float = DEFAULT_HANG_TIMEOUT
-    lame_duck: float = 0.0
-    access_log: str | None = None
-    spans: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """What `drift serve` was asked for.
-
-    `limits`: who is let in. `grace`: seconds that running streams get when the server stops. `http`: where to serve
-    metrics and pages.
-    `compat`: others' protocols to serve too. `security`: TLS and who may call, for gRPC alone.
-    """
-
-    engine: EngineConfig
-    address: Address
-    insecure_bind: bool = False
-    limits: GateLimits = DEFAULT_LIMITS
-    grace: float = 10.0
-    http: Address | None = None
-    compat: tuple[str, ...] = ()
-    security: SecurityOptions = NO_SECURITY
-    operations: OperationsOptions = OperationsOptions()
+__all__ = ["OperationsOptions", "ServeOptions", "StartUpDisplay", "client_line", "serve"]
 
 
 def serve(options: ServeOptions, console: Console) -> int:
@@ -105,25 +67,30 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
 
     display = StartUpDisplay(console)
     operations = options.operations
-    supervisor = Supervisor(spawn, on_starting=display.news, hang_timeout=operations.hang_timeout)
-    gateway = Gateway(supervisor, security=security, compat=options.compat, limits=options.limits)
-    recorders = _recorders(operations)
-    gateway.generations.recorders += recorders
+
+    def news(frame: Starting) -> None:
+        display.news(frame)
+        if isinstance(gateway, Fleet):
+            gateway.starting(frame)
+
+    supervisor = Supervisor(spawn, on_starting=news, hang_timeout=operations.hang_timeout)
+    gateway, recorders = _front(options, supervisor, security)
     await gateway.open(options.address)
     pages = HttpPort()
     add_operations(pages, supervisor)
     add_dashboard(pages, gateway.information)
     if options.http is not None:
         await pages.open(options.http)
-    admin = AdminPort(supervisor, security, operations.traces)
+    operated = gateway if isinstance(gateway, Fleet) else None
+    admin = AdminPort(supervisor, security, operations.traces, operated)
     if operations.admin is not None:
         await admin.open(operations.admin)
     stop = _stop_signals()
     if not security.absent:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, security.reload)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, security, gateway)
     try:
         with display:
-            started = asyncio.ensure_future(supervisor.start())
+            started = asyncio.ensure_future(_start(supervisor, gateway, display))
             await _first(started, stop)
             if not started.done():
                 started.cancel()
@@ -162,14 +129,32 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         await pages.close()
 
 
-def _recorders(options: OperationsOptions) -> list[AccessLog | Spans]:
-    """Who keeps account of requests. Raises DriftError when one cannot."""
-    recorders: list[AccessLog | Spans] = []
-    if options.access_log is not None:
-        recorders.append(AccessLog(options.access_log))
-    if options.spans is not None:
-        recorders.append(spans_to(options.spans))
-    return recorders
+def _front(
+    options: ServeOptions, supervisor: Supervisor, security: Security
+) -> tuple[Gateway | Fleet, list[AccessLog | Spans]]:
+    """What serves the public port: a gateway in this process, or several in their own; and who keeps account of
+    requests here. Raises DriftError when one cannot."""
+    if options.gateways > 1:
+        return Fleet(supervisor, options, security), []
+    gateway = Gateway(supervisor, security=security, compat=options.compat, limits=options.limits)
+    recorders = recorders_of(options.operations)
+    gateway.generations.recorders += recorders
+    return gateway, recorders
+
+
+async def _start(supervisor: Supervisor, gateway: Gateway | Fleet, display: StartUpDisplay) -> Served:
+    """Start the engine, and wait until all that is to serve does."""
+    served = await supervisor.start()
+    if isinstance(gateway, Fleet):
+        display.news(Starting("wait for the gateways"))
+        await gateway.ready()
+    return served
+
+
+def _reload(security: Security, gateway: Gateway | Fleet) -> None:
+    security.reload()
+    if isinstance(gateway, Fleet):
+        gateway.reload()
 
 
 def _say_why(console: Console, error: BaseException | None) -> int:

@@ -1,5 +1,6 @@
 """Keeps one engine running: starts it, notices its end, starts it again, and remembers what it died of.
 
+Where several gateways share an engine, each but the one that keeps it running follows it (`Supervisor.follow`).
 Knows processes and sockets, and of gRPC only the status a refused request gets. Requests are lost with the engine
 that held them (their clients try again); one that was inside at two crashes is quarantined.
 """
@@ -30,6 +31,7 @@ from drift_core.tokenizer import Tokenizer
 from drift_gateway.access.tenants import Tenant, cache_salt, current_tenant
 from drift_gateway.forms import FORMS
 from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT, hang_of
+from drift_gateway.observe.elsewhere import Elsewhere
 from drift_gateway.observe.service_stats import EndedOutput, ServiceStats
 from drift_gateway.observe.splits_used import SplitsUsed
 from drift_gateway.observe.timeline import Timeline
@@ -44,6 +46,7 @@ CRASHES_TO_QUARANTINE: Final = 2
 REMEMBERED_SUSPECTS: Final = 4096
 ORDERLY_END_S: Final = 5.0
 LAST_WORDS_S: Final = 1.0
+FOLLOWING_PAUSE_S: Final = 0.05
 
 
 class State(Enum):
@@ -99,25 +102,44 @@ class Served:
 
 
 class Quarantine:
-    """Requests that were in the engine when it crashed, by what they ask for."""
+    """Requests that were in the engine when it crashed, by what they ask for.
+
+    `on_blame` and `on_acquit` are told what happened here, so that other gateways may hear of it.
+    """
 
     def __init__(self) -> None:
-        self._crashes: OrderedDict[bytes, int] = OrderedDict()
+        self.on_blame: Callable[[Sequence[bytes], int], None] | None = None
+        self.on_acquit: Callable[[bytes], None] | None = None
+        self._crashes: OrderedDict[bytes, tuple[int, int]] = OrderedDict()
+        """Of each suspect, at how many crashes it was inside, and the engine of the last one."""
 
-    def blame(self, fingerprints: Sequence[bytes]) -> None:
-        """They were inside at a crash; each counts once however many copies there were."""
+    def blame(self, fingerprints: Sequence[bytes], engine: int) -> None:
+        """They were inside at the crash of an engine, by its process id; each counts once however many copies there
+        were, here and elsewhere."""
         for fingerprint in set(fingerprints):
-            self._crashes[fingerprint] = self._crashes.pop(fingerprint, 0) + 1
+            count, last = self._crashes.pop(fingerprint, (0, -1))
+            self._crashes[fingerprint] = (count + (last != engine), engine)
         while len(self._crashes) > REMEMBERED_SUSPECTS:
             self._crashes.popitem(last=False)
 
-    def acquit(self, fingerprint: bytes) -> None:
-        """It ran to its end."""
-        self._crashes.pop(fingerprint, None)
+    def acquit(self, fingerprint: bytes) -> bool:
+        """It ran to its end; whether it was a suspect."""
+        return self._crashes.pop(fingerprint, None) is not None
+
+    def crashed_here(self, fingerprints: Sequence[bytes], engine: int) -> None:
+        """Blame, and say so."""
+        self.blame(fingerprints, engine)
+        if self.on_blame is not None and fingerprints:
+            self.on_blame(fingerprints, engine)
+
+    def ended_here(self, fingerprint: bytes) -> None:
+        """Acquit, and say so."""
+        if self.acquit(fingerprint) and self.on_acquit is not None:
+            self.on_acquit(fingerprint)
 
     def check(self, fingerprint: bytes) -> None:
         """Raises Refusal for one that was inside at too many crashes."""
-        if self._crashes.get(fingerprint, 0) >= CRASHES_TO_QUARANTINE:
+        if self._crashes.get(fingerprint, (0, 0))[0] >= CRASHES_TO_QUARANTINE:
             raise Refusal(
                 Reason.QUARANTINED,
                 f"this request was in the engine at {CRASHES_TO_QUARANTINE} crashes and is quarantined until the "
@@ -130,6 +152,7 @@ class Supervisor:
 
     `on_change` is called after every change of `state`, `on_starting` for every piece of news of a start-up.
     `hang_timeout`: seconds without a sign of life after which a ready engine counts as hung, and is started again.
+    `patience`: seconds that the engine gets to end in order.
     """
 
     def __init__(
@@ -138,6 +161,7 @@ class Supervisor:
         on_starting: Callable[[Starting], None] | None = None,
         backoff: Backoff = Backoff(),
         hang_timeout: float = DEFAULT_HANG_TIMEOUT,
+        patience: float = ORDERLY_END_S,
     ) -> None:
         self.engine_state = State.STARTING
         self.draining = False
@@ -151,19 +175,23 @@ class Supervisor:
         self.stats = ServiceStats()
         self.ahead = WorkloadAhead()
         self.splits = SplitsUsed()
+        self.elsewhere = Elsewhere()
+        self.quarantine = Quarantine()
         self.on_change: Callable[[], None] = lambda: None
+        self.front: Callable[[], bool] = lambda: True
+        """Whether anybody takes requests for this engine: not where all of several gateways are gone."""
         self.known_tenants: Callable[[], Iterable[Tenant]] = tuple
         """Those who may call, for the metrics; none where nobody need log in."""
         self._spawn = spawn
         self._on_starting = on_starting
         self._backoff = backoff
         self._hang_timeout = hang_timeout
+        self._patience = patience
         self._watching: asyncio.Task[None] | None = None
         self._submissions: dict[str, Submission] = {}
         self._client: EngineClient | None = None
         self._process: EngineProcess | None = None
         self._ready_since = 0.0
-        self._quarantine = Quarantine()
         self._fingerprints: dict[str, bytes] = {}
         self._tenants: dict[str, Tenant] = {}
 
@@ -211,7 +239,17 @@ class Supervisor:
     @property
     def healthy(self) -> bool:
         """Whether load balancers should send requests here."""
-        return self.state is State.READY and not self.retiring
+        return self.state is State.READY and not self.retiring and self.front()
+
+    @property
+    def in_flight(self) -> int:
+        """Outputs in the engine, through other gateways too."""
+        return self.elsewhere.in_flight + (self.served.client.in_flight if self.served is not None else 0)
+
+    @property
+    def waiting_prefill_tokens(self) -> int:
+        """Prompt tokens of those that have no token yet."""
+        return self.elsewhere.waiting_prefill_tokens + self.stats.waiting_prefill_tokens
 
     async def keep_running(self) -> None:
         """After `start`: restart the engine whenever it ends. Raises DriftError when that is given up."""
@@ -237,6 +275,21 @@ class Supervisor:
                     break
                 except (EngineFailed, EngineGone) as error:
                     crashes, how = crashes + 1, str(error)
+
+    async def follow(self) -> None:
+        """Instead of `start` and `keep_running`, where somebody else keeps the engine running: have it whenever it is
+        there. For ever."""
+        while True:
+            try:
+                await self.start()
+            except (EngineFailed, EngineGone) as error:
+                log.debug("the engine was gone at once: %s", error)
+                await asyncio.sleep(FOLLOWING_PAUSE_S)
+                continue
+            assert self._client is not None, "it has just started"
+            how = await asyncio.shield(self._client.gone)
+            log.info("the engine is gone (%s)", how)
+            await self._bury()
 
     def serving(self) -> Served:
         """The running engine. Raises Refusal (UNAVAILABLE) when there is none now."""
@@ -264,7 +317,7 @@ class Supervisor:
         now = time.monotonic()
         tenant.check(now, len(frames))
         fingerprint = fingerprint_of(frames[0])
-        self._quarantine.check(fingerprint)
+        self.quarantine.check(fingerprint)
         if tenant.name:  # whatever the service, cached prefixes never cross from one tenant to another
             frames = [
                 msgspec.structs.replace(frame, salt=cache_salt(tenant.name, frame.salt)) for frame in frames
@@ -296,7 +349,7 @@ class Supervisor:
         for request in submission.requests:
             fingerprint = self._fingerprints.pop(request.id, None)
             if fingerprint is not None and request.finished is not None:
-                self._quarantine.acquit(fingerprint)
+                self.quarantine.ended_here(fingerprint)
             end = self.stats.forget(request.id)
             tenant = self._tenants.pop(request.id, None)
             if tenant is not None:
@@ -321,6 +374,12 @@ class Supervisor:
         submission.fail(refusal)
         submission.cancel()  # now, however long its reader takes to notice
         return True
+
+    def abort_by_admin(self, request_ids: Sequence[str] | None) -> list[str]:
+        """An operator ends these requests, or all of them; those that were in flight."""
+        refusal = Refusal(Reason.ABORTED_BY_ADMIN, "an operator ended the request")
+        names = self.request_ids() if request_ids is None else list(dict.fromkeys(request_ids))
+        return [name for name in names if self.abort(name, refusal)]
 
     def drain(self, draining: bool) -> None:
         """Refuse new requests, or take them again; those in flight go on."""
@@ -348,7 +407,7 @@ class Supervisor:
         self.served = None
         if self._client is not None:
             self._client.shut_down()
-        await self._end_engine(patience=ORDERLY_END_S)
+        await self._end_engine(patience=self._patience)
 
     async def _explained(self, ready: asyncio.Future[Ready], process: EngineProcess) -> Ready:
         """The result of `ready`; an engine that is gone without a word gets its exit status as the reason."""
@@ -361,6 +420,7 @@ class Supervisor:
         """The engine is gone: clear away what is left of it."""
         self.served = None
         self.timeline.engine_gone(time.monotonic())
+        self.elsewhere.engine_gone()
         self.phase = None
         self._change(State.RESTARTING)
         await self._end_engine()
@@ -388,6 +448,7 @@ class Supervisor:
         self.stats.step(frame)
         self.ahead.step(frame)
         self.splits.step(frame)
+        self.elsewhere.step(frame)
 
     def _starting(self, frame: Starting) -> None:
         self.phase = frame
@@ -396,8 +457,8 @@ class Supervisor:
 
     def _note_crash(self, gone: asyncio.Future[str]) -> None:
         """Blame what was inside, while that is still known: before the first reader is done with it."""
-        if self.engine_state is State.READY:
-            self._quarantine.blame(list(self._fingerprints.values()))
+        if self.engine_state is State.READY and self.last_ready is not None:
+            self.quarantine.crashed_here(list(self._fingerprints.values()), self.last_ready.ready.pid)
             self._fingerprints.clear()
 
     def _change(self, state: State) -> None:
@@ -448,31 +509,54 @@ async def _end_process(process: EngineProcess, patience: float) -> None:
 
 
 class ChildProcess:
-    """An engine in a process of its own, out of reach of the terminal's Ctrl-C; its output goes to the log."""
+    """A process of ours, out of reach of the terminal's Ctrl-C; what it says (on stdout, or stderr where that is our
+    own) goes to the log."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, to: logging.Logger = engine_log) -> None:
         self._process = process
+        self._log = to
         self._tail: deque[str] = deque(maxlen=20)
         self._relay = asyncio.ensure_future(self._relay_output())
 
     @classmethod
     async def spawn(cls, config: EngineConfig, socket_path: Path) -> ChildProcess:
-        """Start `drift_gateway.engine_child`."""
+        """Start an engine: `drift_gateway.engine_child`."""
+        return await cls.spawn_module(
+            "drift_gateway.engine_child", (os.fspath(socket_path),), msgspec.json.encode(config)
+        )
+
+    @classmethod
+    async def spawn_module(
+        cls,
+        module: str,
+        arguments: Sequence[str],
+        configuration: bytes,
+        pass_fds: Sequence[int] = (),
+        own_output: bool = True,
+        to: logging.Logger = engine_log,
+    ) -> ChildProcess:
+        """Start a module of ours with its configuration on stdin. Without `own_output` it shares our stdout."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "drift_gateway.engine_child",
-            os.fspath(socket_path),
+            module,
+            *arguments,
             stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+            stdout=asyncio.subprocess.PIPE if own_output else None,
+            stderr=asyncio.subprocess.STDOUT if own_output else asyncio.subprocess.PIPE,
             start_new_session=True,
+            pass_fds=tuple(pass_fds),
         )
-        child = cls(process)
+        child = cls(process, to)
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(config))
+        process.stdin.write(configuration)
         process.stdin.close()
         return child
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     async def wait(self) -> str:
         """Wait for its end; says how it ended, with its last line of output."""
@@ -492,12 +576,13 @@ class ChildProcess:
             self._process.kill()
 
     async def _relay_output(self) -> None:
-        assert self._process.stdout is not None
+        said = self._process.stdout or self._process.stderr
+        assert said is not None
         rest = b""
-        while data := await self._process.stdout.read(65536):
+        while data := await said.read(65536):
             *lines, rest = (rest + data).split(b"\n")
             rest = rest[-4096:]
             for line in lines:
                 text = line.decode(errors="replace").rstrip()
                 self._tail.append(text)
-                engine_log.info("%s", text)
+                self._log.info("%s", text)

@@ -18,7 +18,7 @@ from itertools import islice
 from math import ceil, exp, inf
 from typing import Final
 
-from drift_core.frames import AcceptedItem, FinishedItem, LoadItem, StepFrame
+from drift_core.frames import AcceptedItem, FinishedItem, LoadItem, OtherItem, Others, StepFrame
 
 MEMORY_S: Final = 20.0
 """Seconds of decode over which the gap between tokens is forgotten."""
@@ -36,6 +36,7 @@ FIRST_CAUTION: Final = 2.0
 CAUTION_STEP: Final = 0.05
 CAUTION_QUANTILE: Final = 0.98
 MAX_CAUTION: Final = 4.0
+NO_OTHERS: Final = Others()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,12 +230,16 @@ class WorkloadAhead:
             self._promised -= ahead.pages
 
     def step(self, frame: StepFrame) -> None:
-        """Take in what the engine told."""
+        """Take in what the engine told, of other gateways' requests too: they are ahead of a newcomer all the same."""
         self._known_ends = None
+        others = frame.others or NO_OTHERS
+        for other in others.accepted:
+            self._add_other(other, frame.time)
         self._learn_time(frame)
         for accepted in frame.accepted:
             self._accepted(accepted)
-        computed, decoded = 0.0, False
+        computed = sum(self._began(output_id, frame.time) for output_id in others.first)
+        decoded = others.tokens > len(others.first)
         for item in frame.tokens:
             if item.first:
                 computed += sum(self._began(output_id, frame.time) for output_id in item.ids)
@@ -246,10 +251,21 @@ class WorkloadAhead:
             self._pending, self._mark = 0.0, frame.time
         if decoded:
             self._learn_gap(frame)
-        for finished in frame.finished:
+        for finished in (*frame.finished, *others.finished):
             self._finished(finished)
         self.load = frame.load or self.load
         self._last = frame
+
+    def _add_other(self, other: OtherItem, now: float) -> None:
+        newcomer = Newcomer(
+            other.prompt_tokens,
+            other.max_tokens,
+            priority=other.priority,
+            tbt=other.slo_tbt,
+            slo_class=other.slo_class,
+        )
+        self.add((other.id,), newcomer, now)
+        self._accepted(AcceptedItem(other.id, cached_tokens=other.cached_tokens))
 
     def _accepted(self, item: AcceptedItem) -> None:
         ahead = self._waiting.get(item.id)
@@ -316,14 +332,14 @@ class WorkloadAhead:
 
     def _learn_gap(self, frame: StepFrame) -> None:
         last = self._last
-        if last is None or not last.decode_requests or not last.tokens:
+        if last is None or not last.decode_requests or not _told_tokens(last):
             return
         seconds = frame.time - last.time
         gap = self._rates.gap
         gap.keep(exp(-seconds / MEMORY_S))
         gap.top += seconds
         gap.bottom += 1
-        if last.prefill_requests or frame.accepted:
+        if last.prefill_requests or frame.accepted or (frame.others or NO_OTHERS).accepted:
             return
         known = self._step_seconds(last.decode_requests)
         if known is None or seconds < OUTLIER * known:  # the machine may have been busy with something else
@@ -498,3 +514,7 @@ class WorkloadAhead:
             return None
         fixed, slope, _ = steps.fit()
         return fixed + slope * batch
+
+
+def _told_tokens(frame: StepFrame) -> bool:
+    return bool(frame.tokens) or (frame.others or NO_OTHERS).tokens > 0

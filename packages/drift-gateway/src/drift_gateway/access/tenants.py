@@ -114,6 +114,18 @@ class Usage:
     output_tokens: int = 0
     in_flight: int = 0
 
+    def plus(self, other: Usage) -> Usage:
+        """Both together."""
+        return Usage(*(mine + theirs for mine, theirs in zip(self.values(), other.values(), strict=True)))
+
+    def minus(self, other: Usage) -> Usage:
+        """What came on top of the other."""
+        return Usage(*(mine - theirs for mine, theirs in zip(self.values(), other.values(), strict=True)))
+
+    def values(self) -> tuple[int, ...]:
+        """The counts, in the order of the fields."""
+        return self.requests, self.refused, self.prompt_tokens, self.output_tokens, self.in_flight
+
 
 class Tenant:
     """One tenant: what it may call, and how much of it. The nameless one is everybody when nobody need log in."""
@@ -121,6 +133,8 @@ class Tenant:
     def __init__(self, name: str, role: Role = Role.GENERATE, limits: Limits = Limits()) -> None:
         self.name, self.role, self.limits = name, role, limits
         self.usage = Usage()
+        self.elsewhere = Usage()
+        """What it asked of other gateways of the same service, as far as those have told."""
         self._requests, self._tokens = _buckets(limits)
 
     def change(self, role: Role, limits: Limits) -> None:
@@ -132,7 +146,7 @@ class Tenant:
 
     def check(self, now: float, outputs: int = 1) -> None:
         """Raises Refusal (RATE_LIMITED) when a request of so many outputs is too much now. Takes nothing."""
-        limits, in_flight = self.limits, self.usage.in_flight
+        limits, in_flight = self.limits, self.usage.in_flight + self.elsewhere.in_flight
         for bucket, option in ((self._requests, "requests-per-second"), (self._tokens, "tokens-per-second")):
             if bucket is not None and (wait := bucket.wait(now, 1.0)) > 0:
                 raise self._refuse(f"more than {bucket.rate:g} {option.replace('-', ' ')}", option, wait)
@@ -159,6 +173,19 @@ class Tenant:
         self.usage.output_tokens += output_tokens
         if self._tokens is not None:
             self._tokens.take(now, output_tokens)
+
+    def used_elsewhere(self, now: float, use: Usage) -> None:
+        """It asked so much more of other gateways; its rates pay for that too."""
+        self.elsewhere = self.elsewhere.plus(use)
+        if self._requests is not None:
+            self._requests.take(now, use.requests)
+        if self._tokens is not None:
+            self._tokens.take(now, use.prompt_tokens + use.output_tokens)
+
+    @property
+    def total(self) -> Usage:
+        """What it asked of the whole service."""
+        return self.usage.plus(self.elsewhere)
 
     def _count(self, now: float) -> None:
         self.usage.requests += 1
@@ -258,6 +285,13 @@ class Tenants:
     def all(self) -> Mapping[str, Tenant]:
         """By name."""
         return self._register.tenants
+
+    def named(self, name: str) -> Tenant | None:
+        """The tenant of this name; one that only a certificate makes is made here too."""
+        known = self._register.tenants.get(name)
+        if known is None and self._path is None:
+            known = self._register.tenants.setdefault(name, Tenant(name))
+        return known
 
     def by_token(self, token: str, now: float, wall: float) -> Tenant | None:
         """Whose token it is; `None` for an unknown or expired one. `wall`: seconds since 1970."""

@@ -20,7 +20,7 @@ from drift_scheduler.errors import DriftError
 if TYPE_CHECKING:
     from drift_core.engine import EngineConfig
     from drift_gateway.access.security import SecurityOptions
-    from drift_gateway.serving import OperationsOptions
+    from drift_gateway.serve_options import OperationsOptions
 
     # Older releases of click have no type parameters here.
     _SizeType = click.ParamType[int]
@@ -172,6 +172,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
 @click.option(
     "--max-context", type=click.IntRange(2), help="Tokens of prompt and output.  [default: the model's]"
 )
+@click.option(
+    "--gateways", type=click.IntRange(1, 64), default=1, show_default=True,
+    help="Gateway processes that share the port, in front of one engine.",
+)  # fmt: skip
 @click.option("--cores", type=click.IntRange(1), help="CPU cores to use.  [default: all allowed ones]")
 @click.option(
     "--profile", default="short", show_default=True, metavar="short|none|PATH",
@@ -196,6 +200,7 @@ def serve(
     max_in_flight: int,
     max_queued: int | None,
     kv_promise: float,
+    gateways: int,
     grace: float,
     http: str | None,
     compat: str,
@@ -214,6 +219,7 @@ def serve(
     from drift_gateway import serving
     from drift_gateway.compat import parse_compat
     from drift_gateway.gate import GateLimits
+    from drift_gateway.serve_options import ServeOptions
     from drift_gateway.server import parse_address
 
     protocols = parse_compat(compat)
@@ -229,7 +235,7 @@ def serve(
     )
     _check_policies(config)
     pages = None if http is None else parse_address(http)
-    options = serving.ServeOptions(
+    options = ServeOptions(
         config,
         parse_address(listen),
         insecure_bind,
@@ -239,6 +245,7 @@ def serve(
         protocols,
         security,
         operations,
+        gateways,
     )
     return serving.serve(options, Console(stderr=True))
 

@@ -63,8 +63,8 @@ def operations_options(command: F) -> F:
 
 def _read(admin: str | None, trace_dir: str | None, **others: Any) -> Any:
     from drift_gateway.admin import check_traces
+    from drift_gateway.serve_options import OperationsOptions
     from drift_gateway.server import parse_address
-    from drift_gateway.serving import OperationsOptions
 
     where = None if admin is None else parse_address(admin)
     return OperationsOptions(admin=where, traces=check_traces(trace_dir), **others)

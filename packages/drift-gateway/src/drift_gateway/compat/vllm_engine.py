@@ -122,7 +122,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         """One engine without replicas."""
         served = self._supervisor.served
         return vllm.GetServerInfoResponse(
-            active_requests=0 if served is None else served.client.in_flight,
+            active_requests=0 if served is None else self._supervisor.in_flight,
             is_paused=self._supervisor.state is State.STOPPING,
             uptime_seconds=time.monotonic() - self._began,
             server_type="vllm-grpc",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
@@ -70,6 +70,7 @@ class EndedOutput:
     ttft_met: bool | None = None
     tbt_met: bool | None = None
     e2e_met: bool | None = None
+    finished: float = 0.0
 
     @property
     def met(self) -> dict[str, bool]:
@@ -184,6 +185,8 @@ class ServiceStats:
         self.ended_by_reason: dict[str, int] = {reason.value: 0 for reason in FinishReason}
         self.by_target: dict[tuple[str, str], list[int]] = {}
         """By class and metric: outputs within the target, and outputs that had one and came to it."""
+        self.on_ended: Callable[[EndedOutput, Floats, tuple[float, float]], None] | None = None
+        """Told of outputs that ended here, with what `add` takes."""
         self._tracked: dict[str, _Tracked] = {}
         self._classes: set[str] = {DEFAULT_CLASS, OTHER_CLASS}
         self._windows: dict[str, _Window] = {}
@@ -204,6 +207,8 @@ class ServiceStats:
                     self._no_longer_waits(self._tracked.get(request_id))
         for finished in frame.finished:
             self._finished(finished)
+        for finished in frame.others.finished if frame.others is not None else ():
+            self._count(finished)
 
     def forget(self, request_id: str) -> EndedOutput | None:
         """Its reader is done with it: how it ended, or how far it came. `None` when it was never submitted."""
@@ -223,16 +228,28 @@ class ServiceStats:
         )
         return [report for report in reports if report is not None]
 
-    def _finished(self, item: FinishedItem) -> None:
+    def _count(self, item: FinishedItem) -> None:
         self.prompt_tokens += item.prompt_tokens
         self.cached_tokens += item.cached_tokens
         self.ended_by_reason[item.reason] = self.ended_by_reason.get(item.reason, 0) + 1
+
+    def _finished(self, item: FinishedItem) -> None:
+        self._count(item)
         output = self._tracked.get(item.id)
         if output is None:
             return
         self._no_longer_waits(output)
         ended, gaps = _ended(output, item)
         output.ended = ended
+        self.add(ended, gaps, (output.frame.slo_ttft, output.frame.slo_tbt))
+        if self.on_ended is not None:
+            self.on_ended(ended, gaps, (output.frame.slo_ttft, output.frame.slo_tbt))
+
+    def add(self, ended: EndedOutput, gaps: Floats, targets: tuple[float, float]) -> None:
+        """Count an output that ran to an end, perhaps through another gateway.
+
+        `gaps` between its tokens, in order of size; `targets` of TTFT and TBT. Seconds.
+        """
         self.histograms.add(ended, gaps)
         if ended.reason not in (*SERVED_WELL, FinishReason.FAILED.value):
             return  # cancelled or refused: no word on how well it would have been served
@@ -240,8 +257,8 @@ class ServiceStats:
             counts = self.by_target.setdefault((self._class(ended.slo_class), metric), [0, 0])
             counts[0] += met
             counts[1] += 1
-        epoch = _epoch(item.finished)
-        self._window(ended.slo_class, epoch).add(ended, gaps, epoch, output.frame)
+        epoch = _epoch(ended.finished)
+        self._window(ended.slo_class, epoch).add(ended, gaps, epoch, targets)
 
     def _no_longer_waits(self, output: _Tracked | None) -> None:
         if output is not None and output.waiting:
@@ -289,6 +306,7 @@ def _ended(output: _Tracked, item: FinishedItem | None) -> tuple[EndedOutput, Fl
         cached_tokens=0 if item is None else item.cached_tokens,
         output_tokens=len(times),
         preemptions=0 if item is None else item.preemptions,
+        finished=0.0 if item is None else item.finished,
         tbt_p50=nearest_rank(gaps, 0.5),
         tbt_p99=tbt_p99,
         tbt_max=float(gaps[-1]) if len(gaps) else None,
@@ -350,7 +368,7 @@ class _Window:
         self._slots = [_Slot() for _ in range(SLOTS)]
         self._targets: tuple[float | None, float | None] = (None, None)
 
-    def add(self, ended: EndedOutput, gaps: Floats, epoch: int, frame: Submit) -> None:
+    def add(self, ended: EndedOutput, gaps: Floats, epoch: int, targets: tuple[float, float]) -> None:
         """Count an output that ended now."""
         slot = self._slots[epoch % SLOTS]
         if slot.epoch != epoch:
@@ -369,7 +387,7 @@ class _Window:
             slot.ttft[min(int(octaves * PER_OCTAVE), BUCKETS - 1)] += 1
         if len(gaps):
             np.add.at(slot.tbt, _bucket(gaps), 1)
-        self._targets = (_finite(frame.slo_ttft), _finite(frame.slo_tbt))
+        self._targets = (_finite(targets[0]), _finite(targets[1]))
 
     def report(self, name: str, epoch: int, seconds: float) -> ClassReport | None:
         """The minute before `epoch`; `None` when nothing ended in it."""

@@ -60,6 +60,9 @@ class Timeline:
         self.load = frame.load or self.load
         self.tokens_generated += sum(len(item.ids) for item in frame.tokens)
         self.requests_finished += len(frame.finished)
+        if frame.others is not None:
+            self.tokens_generated += frame.others.tokens
+            self.requests_finished += len(frame.others.finished)
         use = Use(frame.partition, frame.sharing, frame.prefill_requests, frame.decode_requests)
         if use != self._use or self._since is None:
             self.cut(frame.time)

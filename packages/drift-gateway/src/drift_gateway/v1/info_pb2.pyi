@@ -43,7 +43,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "readiness", "start_up", "model", "device", "policies", "kv_pool", "slo_defaults", "engine_restarts")
+    __slots__ = ("version", "readiness", "start_up", "model", "device", "policies", "kv_pool", "slo_defaults", "engine_restarts", "gateway", "gateways")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     READINESS_FIELD_NUMBER: _ClassVar[int]
     START_UP_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,8 @@ class GetServerInfoResponse(_message.Message):
     KV_POOL_FIELD_NUMBER: _ClassVar[int]
     SLO_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
     version: str
     readiness: Readiness
     start_up: StartUp
@@ -62,7 +64,9 @@ class GetServerInfoResponse(_message.Message):
     kv_pool: KvPool
     slo_defaults: _generation_pb2.SLO
     engine_restarts: int
-    def __init__(self, version: _Optional[str] = ..., readiness: _Optional[_Union[Readiness, str]] = ..., start_up: _Optional[_Union[StartUp, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., policies: _Optional[_Union[Policies, _Mapping]] = ..., kv_pool: _Optional[_Union[KvPool, _Mapping]] = ..., slo_defaults: _Optional[_Union[_generation_pb2.SLO, _Mapping]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
+    gateway: int
+    gateways: int
+    def __init__(self, version: _Optional[str] = ..., readiness: _Optional[_Union[Readiness, str]] = ..., start_up: _Optional[_Union[StartUp, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., device: _Optional[_Union[Device, _Mapping]] = ..., policies: _Optional[_Union[Policies, _Mapping]] = ..., kv_pool: _Optional[_Union[KvPool, _Mapping]] = ..., slo_defaults: _Optional[_Union[_generation_pb2.SLO, _Mapping]] = ..., engine_restarts: _Optional[int] = ..., gateway: _Optional[int] = ..., gateways: _Optional[int] = ...) -> None: ...
 
 class GetModelRequest(_message.Message):
     __slots__ = ("name",)
