@@ -17,6 +17,7 @@ from gateway_under_test import END_OF_TEXT, UnderTest, narrow_client, ready_in, 
 from drift_core import submission
 from drift_core.frames import Cancel, Submit
 from drift_gateway import client as api
+from drift_gateway.request_errors import RequestError
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
 
@@ -285,7 +286,7 @@ def test_a_reader_that_lags_gets_its_tokens_in_fewer_messages(monkeypatch: pytes
     held = asyncio.Event()
     responses = generation.Generations.responses
 
-    async def slowly(self: Any, request: Any, call: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def slowly(self: Any, request: Any, call: Any, write: Any) -> AsyncIterator[pb.GenerateResponse]:
         async for number, response in _numbered(responses(self, request, call)):
             yield response
             if number == 1:
@@ -309,21 +310,84 @@ def test_a_reader_that_lags_gets_its_tokens_in_fewer_messages(monkeypatch: pytes
     run_with_gateway(body, step_seconds=0.0)
 
 
+def test_tokens_that_come_while_a_message_is_written_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where messages are written without the stream's task being woken."""
+    from drift_gateway import generation
+
+    held = asyncio.Event()
+    written = 0
+
+    class Slow(generation.DirectWriter):
+        def __init__(self, write: Any, sent: Any) -> None:
+            async def slowly(message: pb.GenerateResponse) -> None:
+                nonlocal written
+                written += 1
+                await write(message)
+                if written == 3:
+                    await held.wait()
+
+            super().__init__(slowly, sent)
+
+    monkeypatch.setattr(generation, "DirectWriter", Slow)
+
+    async def body(under: UnderTest) -> None:
+        generation = aiter(under.client.generate(token_ids=[1], max_tokens=1000))
+        assert isinstance(await anext(generation), api.Accepted)
+        while under.supervisor.timeline.requests_finished == 0:
+            await asyncio.sleep(0.005)
+        assert written == 3
+        held.set()
+        events = [event async for event in generation]
+        found = deltas(events)
+        assert [token for delta in found for token in delta.token_ids] == [step % 200 for step in range(1000)]
+        assert [delta.sequence for delta in found] == list(range(len(found)))
+        assert len(found[-1].token_ids) > 800
+        assert isinstance(events[-1], api.Finished)
+
+    run_with_gateway(body, step_seconds=0.001)
+
+
+def test_a_message_that_cannot_be_written_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    from drift_gateway import generation
+
+    class Broken(generation.DirectWriter):
+        def __init__(self, write: Any, sent: Any) -> None:
+            async def fail(message: pb.GenerateResponse) -> None:
+                raise OSError("no way")
+
+            super().__init__(fail, sent)
+
+    monkeypatch.setattr(generation, "DirectWriter", Broken)
+
+    async def body(under: UnderTest) -> None:
+        with pytest.raises(RequestError, match="internal error"):
+            await under.client.generate(token_ids=[1], max_tokens=4000).complete()
+        await under.until(lambda engine: len(engine.cancels()) == 1)
+
+    run_with_gateway(body, step_seconds=0.002)
+
+
 async def read_into(seen: list[api.Event], generation: Any) -> None:
     async for event in generation:
         seen.append(event)
 
 
+def asked_for(outputs: int) -> dict[str, Any]:
+    """Several outputs are written by the stream's task, a single one without its being woken."""
+    return {} if outputs == 1 else {"n": outputs, "logprobs": 1}
+
+
+@pytest.mark.parametrize("outputs", [1, 16])
 def test_a_reader_that_stalls_is_ended_and_its_requests_cancelled_at_once(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, outputs: int
 ) -> None:
     """The engine hears of it while the client still does not read; once it does, it reads why."""
     monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 100)
 
     async def body(under: UnderTest) -> None:
         async with narrow_client(under.target) as client:
-            stalled = client.generate(token_ids=[1], n=16, max_tokens=4000, logprobs=1)
-            await under.until(lambda engine: len(engine.cancels()) == 16)
+            stalled = client.generate(token_ids=[1], max_tokens=64_000, **asked_for(outputs))
+            await under.until(lambda engine: len(engine.cancels()) == outputs)
             assert under.supervisor.served is not None
             assert under.supervisor.served.client.in_flight == 0
             beside = await under.client.generate(token_ids=[2], max_tokens=50).complete()
@@ -332,30 +396,34 @@ def test_a_reader_that_stalls_is_ended_and_its_requests_cancelled_at_once(
             with pytest.raises(api.Overloaded, match="too slowly") as ended:
                 await read_into(seen, stalled)
             assert ended.value.reason == "SLOW_READER"
-            for output in range(16):
+            for output in range(outputs):
                 ours = [event for event in deltas(seen) if event.output_index == output]
                 assert [event.sequence for event in ours] == list(range(len(ours)))
 
-    run_with_gateway(body, step_seconds=0.0)
+    run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=65536), step_seconds=0.0)
 
 
+@pytest.mark.parametrize("outputs", [1, 16])
 def test_a_message_that_does_not_get_through_for_too_long_ends_the_requests(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, outputs: int
 ) -> None:
     monkeypatch.setattr(submission, "MAX_STUCK_S", 0.2)
     monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 1_000_000)
 
     async def body(under: UnderTest) -> None:
         async with narrow_client(under.target) as client:
-            stalled = client.generate(token_ids=[1], n=16, max_tokens=20_000, logprobs=1)
-            await under.until(lambda engine: len(engine.cancels()) == 16)
+            stalled = client.generate(token_ids=[1], max_tokens=64_000, **asked_for(outputs))
+            await under.until(lambda engine: len(engine.cancels()) == outputs)
             with pytest.raises(api.Overloaded, match="too slowly"):
                 await stalled.complete()
 
-    run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=32768), step_seconds=0.002)
+    run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=65536), step_seconds=0.0005)
 
 
-def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outputs", [1, 16])
+def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, outputs: int
+) -> None:
     given_up: list[asyncio.Task[Any]] = []
     give_up = submission.Submission._give_up
 
@@ -369,13 +437,13 @@ def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(monkeypatch: 
 
     async def body(under: UnderTest) -> None:
         async with narrow_client(under.target) as client:
-            stalled = client.generate(token_ids=[1], n=16, max_tokens=4000, logprobs=1)
+            stalled = client.generate(token_ids=[1], max_tokens=64_000, **asked_for(outputs))
             async with asyncio.timeout(30):
                 while not given_up or not given_up[0].done():
                     await asyncio.sleep(0.01)
             stalled.cancel()
 
-    run_with_gateway(body, step_seconds=0.0)
+    run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=65536), step_seconds=0.0)
 
 
 @pytest.mark.parametrize("how", ["cancel", "leave", "deadline", "disconnect"])

@@ -176,6 +176,124 @@ def test_a_reader_that_fell_behind_waits_for_those_that_keep_up(monkeypatch: pyt
     run(body)
 
 
+class ShortCut:
+    """Takes a submission's tokens in its reader's turn, and says when it has room for more."""
+
+    def __init__(self, world: World, submission: Submission, name: str) -> None:
+        self.submission = submission
+        self.taken: list[list[int]] = []
+        self.declines = False
+        self._note = lambda: world.order.append(f"{name} passed on")
+        submission.short_cut(self)
+
+    def __call__(self) -> bool:
+        if self.declines:
+            return False
+        self._note()
+        self.taken.append(self.submission.requests[0].take()[0])
+        return True
+
+
+def test_tokens_take_the_short_cut_one_message_at_a_time() -> None:
+    async def body(world: World) -> None:
+        reader, beside = await world.reader("a"), await world.reader("beside")
+        short = ShortCut(world, reader, "a")
+        told(reader, 1.0)
+        told(beside, 1.0)
+        world.turns.give()
+        await until(lambda: len(world.order) == 2)
+        assert world.order == ["a passed on", "beside"]
+        told(reader, 2.0)
+        told(reader, 3.0)
+        world.turns.give()
+        await asyncio.sleep(0)
+        assert short.taken == [[7]], "the first is still on its way"
+        reader.passed_on()
+        await until(lambda: len(short.taken) == 2)
+        assert short.taken == [[7], [7, 7]]
+        reader.passed_on()
+        assert world.order == ["a passed on", "beside", "a passed on"], "the reader was never woken"
+
+    run(body)
+
+
+def test_the_reader_is_woken_for_what_the_short_cut_does_not_take() -> None:
+    async def body(world: World) -> None:
+        reader = await world.reader("a")
+        short = ShortCut(world, reader, "a")
+        told(reader, 1.0, first=True)
+        world.turns.give()
+        await until(lambda: world.order == ["a"])
+        short.declines = True
+        told(reader, 2.0)
+        world.turns.give()
+        await until(lambda: world.order == ["a", "a"])
+        assert short.taken == []
+
+    run(body)
+
+
+def test_urgent_news_waits_for_what_is_being_passed_on() -> None:
+    async def body(world: World) -> None:
+        reader = await world.reader("a")
+        ShortCut(world, reader, "a")
+        told(reader, 1.0)
+        world.turns.give()
+        told(reader, 2.0)
+        reader.notify(urgent=True)
+        world.turns.give()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert world.order == ["a passed on"]
+        reader.passed_on()
+        await until(lambda: len(world.order) == 2)
+        assert world.order == ["a passed on", "a"]
+
+    run(body)
+
+
+def test_a_failure_waits_for_what_is_being_passed_on_and_its_own_failure_is_raised() -> None:
+    async def body(world: World) -> None:
+        failed, broken = await world.reader("failed"), await world.reader("broken")
+        for reader in (failed, broken):
+            ShortCut(world, reader, "it")
+            told(reader, 1.0)
+        world.turns.give()
+        failed.fail(DriftError("gone"))
+        await asyncio.sleep(0)
+        assert not world.tasks[0].done()
+        failed.passed_on()
+        broken.passed_on(OSError("no way"))
+        with pytest.raises(DriftError, match="gone"):
+            await world.tasks[0]
+        with pytest.raises(OSError, match="no way"):
+            await world.tasks[1]
+
+    run(body)
+
+
+def test_one_that_falls_behind_on_the_short_cut_is_dropped_and_hears_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_LAG_TOKENS", 3)
+
+    async def body(world: World) -> None:
+        reader = await world.reader("slow")
+        ShortCut(world, reader, "slow")
+        told(reader, 1.0)
+        world.turns.give()
+        for step in range(4):
+            assert not reader.lagging
+            told(reader, 2.0 + step)
+        assert reader.lagging
+        assert world.forgotten == [("slow", True)]
+        reader.passed_on()
+        await until(lambda: len(world.order) == 2)
+        assert world.order == ["slow passed on", "slow"], "its task has to say why"
+
+    run(body)
+
+
 def test_failing_wakes_a_reader_at_once_and_stays() -> None:
     async def body(world: World) -> None:
         reader = await world.reader("failed")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Any, Final, Protocol
 
@@ -95,7 +95,7 @@ class Submission:
         self._forget = forget
         self._turns = turns
         self._patience = SHARE_OF_TBT * tbt
-        self._error: DriftError | None = None
+        self._error: BaseException | None = None
         self._news = False
         self._urgent = False
         self.queued = False
@@ -104,6 +104,28 @@ class Submission:
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[Any] | None = None
         self._busy_since = 0.0
+        self._pass_on: Callable[[], bool] | None = None
+        self._passing_on = False
+
+    def short_cut(self, pass_on: Callable[[], bool]) -> None:
+        """From now on `pass_on` is called, in the reader's turn, for news of nothing but tokens after the first ones.
+
+        It takes them and says that it did; then `passed_on` is to be called once there is room for more. Where it
+        declines, and for all other news, the reader is let go from `changed` as ever, but never while something is
+        being passed on.
+        """
+        self._pass_on = pass_on
+
+    def passed_on(self, error: BaseException | None = None) -> None:
+        """What `pass_on` took has been sent, or could not be: then `changed` raises that."""
+        self._passing_on = False
+        if error is not None and self._error is None:
+            self._error = error
+        if self._error is not None:
+            self.let_go()
+        elif self._news and self._waiter is not None:
+            self._queue()
+            self._turns.soon()
 
     async def changed(self) -> None:
         """Wait for news of any of the requests, and for this reader's turn. Raises what `fail` was given."""
@@ -131,7 +153,7 @@ class Submission:
         """There is news; `urgent`: other than tokens after the first. `Turns.give` lets the reader go."""
         self._news = True
         self._urgent = self._urgent or urgent
-        if self._waiter is None:
+        if self._waiter is None or self._passing_on:
             self._look_at_lag()
         elif not self.queued:
             self._queue()
@@ -145,9 +167,15 @@ class Submission:
         """It is the reader's turn."""
         self.queued = False
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            self._busy_since = time.monotonic()
-            waiter.set_result(None)
+        if waiter is None or self._passing_on or waiter.done():
+            return
+        self._busy_since = time.monotonic()
+        if self._pass_on is not None and not self._urgent and not self.lagging and self._error is None:
+            self._news = False
+            self._passing_on = self._pass_on()
+            if self._passing_on:
+                return
+        waiter.set_result(None)
 
     def _drop(self) -> None:
         for request in self.requests:
@@ -186,7 +214,7 @@ class Submission:
 
     def _give_up(self, reader: asyncio.Task[Any]) -> None:
         """The reader did not even come to hear why it was ended."""
-        if not self._left and self._waiter is None:
+        if not self._left and (self._waiter is None or self._passing_on):
             reader.cancel()
 
 

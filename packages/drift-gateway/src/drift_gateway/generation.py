@@ -19,6 +19,7 @@ from drift_core.tokenizer import IncrementalDetokenizer
 from drift_gateway import prompts
 from drift_gateway.admission import Admitted, check, tokenized
 from drift_gateway.calls import Call, call_of
+from drift_gateway.direct import DirectWriter, Write
 from drift_gateway.gate import Gate, GateLimits, Verdict
 from drift_gateway.observe.request_record import Recorder, RequestRecord, tell
 from drift_gateway.observe.splits_used import SplitsUsed
@@ -44,9 +45,12 @@ class Generations:
         """Told of every request when it has ended, refused ones included."""
 
     async def responses(
-        self, request: pb.GenerateRequest, call: Call
+        self, request: pb.GenerateRequest, call: Call, write: Write | None = None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The events of one request, from Accepted to its last Finished, as fast as they are taken.
+
+        With `write`, most events of tokens are not yielded but written with it, which costs half; never while the
+        one that was yielded is still looked at.
 
         Raises Refusal or EngineGone (`refusal.refusal_of` makes a Refusal of either) where the stream ends with a
         status. Close it, with `contextlib.aclosing`: that cancels what still runs.
@@ -54,7 +58,7 @@ class Generations:
         record = RequestRecord.begin(request, call)
         error: BaseException | None = None
         try:
-            async with aclosing(self._responses(request, call, record)) as responses:
+            async with aclosing(self._responses(request, call, record, write)) as responses:
                 async for response in responses:
                     yield response
         except BaseException as raised:  # the client left too: everything goes on as it came
@@ -65,7 +69,7 @@ class Generations:
             tell(self.recorders, record)
 
     async def _responses(
-        self, request: pb.GenerateRequest, call: Call, record: RequestRecord
+        self, request: pb.GenerateRequest, call: Call, record: RequestRecord, write: Write | None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         supervisor = self._supervisor
         served = supervisor.serving()
@@ -76,7 +80,7 @@ class Generations:
         supervisor.splits.watch(admitted.output_ids)
         timer = _end_at(call.deadline, submission)
         try:
-            async with aclosing(_events(served, admitted, submission, supervisor.splits)) as events:
+            async with aclosing(_events(served, admitted, submission, supervisor.splits, write)) as events:
                 async for event in events:
                     yield event
         finally:  # also on CancelledError, which goes on: the client left or its deadline passed
@@ -116,7 +120,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """One request's stream."""
         call = call_of(context)
-        responses = self._generations.responses(request, call)
+        responses = self._generations.responses(request, call, context.write)
         async with refusals_as_statuses(context), aclosing(responses):
             async for response in responses:
                 await context.write(response)
@@ -156,7 +160,11 @@ def _end_at(deadline: float | None, submission: Submission) -> asyncio.TimerHand
 
 
 async def _events(
-    served: Served, admitted: Admitted, submission: Submission, splits: SplitsUsed
+    served: Served,
+    admitted: Admitted,
+    submission: Submission,
+    splits: SplitsUsed,
+    write: Write | None,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Every message of the request. Raises Refusal or EngineGone where the stream ends with a status."""
     outputs = [_output(served, admitted, k, submission, splits) for k in range(len(submission.requests))]
@@ -170,6 +178,8 @@ async def _events(
         if not announced:
             yield _accepted(served, admitted, submission)
             announced = True
+            if write is not None and len(outputs) == 1:
+                _write_tokens(outputs[0], submission, write)
         for output in running:
             for message in output.advance(admission_seconds):
                 yield message
@@ -177,6 +187,20 @@ async def _events(
                 output.stop_due = False
                 served.client.cancel(output.progress.id, stop=True)
         running = [output for output in running if not output.ended]
+
+
+def _write_tokens(output: Output, submission: Submission, write: Write) -> None:
+    """Have tokens, as long as there is nothing else to tell, written in the reader's turn without waking it."""
+    writer = DirectWriter(write, submission.passed_on)
+
+    def pass_on() -> bool:
+        message = output.tokens()
+        if message is None:
+            return False
+        writer.start(message)
+        return True
+
+    submission.short_cut(pass_on)
 
 
 def _output(

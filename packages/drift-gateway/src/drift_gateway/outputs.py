@@ -81,15 +81,21 @@ class Output:
         """Messages for what came since the last call. `gateway_seconds`: what admission took."""
         if self.ended:
             return ()
+        if (message := self.tokens()) is not None:
+            return (message,)
+        return self._advance(self.progress.finished, gateway_seconds)
+
+    def tokens(self) -> pb.GenerateResponse | None:
+        """The message for what came since the last call, where that is tokens and nothing else; `None` where it is
+        not, or where it has to be looked at."""
         progress = self.progress
-        finished = progress.finished
-        if finished is None and self._plain and progress.logprobs is None:  # nearly every message of a stream
-            token_ids, times, _ = progress.take()
-            if not token_ids:
-                return ()
-            self._kept += len(token_ids)
-            return (self._delta("" if self._push is None else self._push(token_ids), token_ids, times, None),)
-        return self._advance(finished, gateway_seconds)
+        if progress.finished is not None or not self._plain or progress.logprobs is not None:
+            return None
+        token_ids, times, _ = progress.take()
+        if not token_ids:
+            return None
+        self._kept += len(token_ids)
+        return self._delta("" if self._push is None else self._push(token_ids), token_ids, times, None)
 
     def _advance(self, finished: FinishedItem | None, gateway_seconds: float) -> list[pb.GenerateResponse]:
         """Whatever comes: stop strings, log probabilities, the end."""
