@@ -70,6 +70,55 @@ def test_publishing_can_be_put_off_until_there_is_time():
     kv.audit()
 
 
+def test_growing_many_is_committing_and_extending_each():
+    alone, together = Pool(10), Pool(10)
+    for pool in (alone, together):
+        for name, first in (("a", 0), ("b", 100), ("c", 200)):
+            tokens = list(range(first, first + 8))
+            assert pool.kv.admit(pool.request(name, tokens), 8, 8) == 0
+    alone.kv._hash_key = together.kv._hash_key
+    for pool in (alone, together):
+        for tokens in pool.tokens.values():
+            tokens.append(7)
+    assert together.kv.grow(["a", "b", "c"], [9, 8, 9]) == 3
+    for name, tokens in (("a", 9), ("b", 8), ("c", 9)):
+        alone.kv.commit(name, tokens - 1)
+        assert alone.kv.extend(name, tokens)
+    for pool in (alone, together):
+        pool.kv.extend("a", 16)
+    assert together.kv.grow(["b", "c"], [9, 10]) == 2
+    alone.kv.commit("b", 8)
+    assert alone.kv.extend("b", 9)
+    assert [alone.kv.page_table(i).tolist() for i in "abc"] == [
+        together.kv.page_table(i).tolist() for i in "abc"
+    ]
+    assert alone.kv.stats == together.kv.stats
+    assert len(alone.kv._published) == len(together.kv._published)
+    assert together.kv.free_pages == 0
+    together.tokens["a"] += [7] * 8
+    assert together.kv.grow(["a", "b"], [17, 13]) == 0
+    with pytest.raises(ValueError, match="grows to 30"):
+        together.kv.grow(["a"], [30])
+    together.kv.audit()
+
+
+def test_prefixes_put_off_are_found_by_those_who_share_them_alone():
+    pool = Pool(64)
+    pool.kv = kv = PagedKv(64, PAGE, pool.tokens.__getitem__, put_off=True)
+    system = list(range(8))
+    for name, rest in (("a", [50, 51, 52, 53, 54]), ("b", [60, 61, 62, 63, 64]), ("z", [1, 2, 3, 4, 5])):
+        tokens = rest + system if name == "z" else system + rest
+        kv.admit(pool.request(name, tokens), 13, 13)
+        kv.commit(name, 13)
+    assert not kv._published
+    assert kv.lookup(pool.request("c", [*system, 60, 61, 62, 63, 9]), 13) == 12
+    assert "z" in kv._unpublished
+    kv.release("z")
+    assert not kv._unpublished
+    assert kv.lookup(pool.request("y", [1, 2, 3, 4, 5, 0, 1, 2, 9]), 9) == 8
+    kv.audit()
+
+
 def test_a_table_once_handed_out_never_changes():
     pool = Pool(64)
     pool.kv.admit(pool.request("a", [1, 2, 3]), 3, 3)

@@ -246,6 +246,31 @@ class PagedKv:
         else:
             self._publish(held, stop)
 
+    def grow(self, request_ids: Sequence[str], tokens: Sequence[int]) -> int:
+        """`commit` all positions of each request but the last of `tokens`, `extend` it to all of them, in order.
+
+        Stops where pages run out; how many it were. Raises ValueError where more than one position is new.
+        """
+        page_tokens, refs, empty = self.page_tokens, self._refs, self._empty
+        for done, (request_id, wanted) in enumerate(zip(request_ids, tokens, strict=True)):
+            held = self._held.get(request_id) or self._holder(request_id)
+            if wanted > held.covered_tokens + 1:
+                raise ValueError(f"request '{request_id}' grows to {wanted}, covers {held.covered_tokens}")
+            if wanted > held.next_publish:
+                self.commit(request_id, wanted - 1)
+            if wanted > held.covered_tokens:
+                if empty:
+                    page = empty.pop()
+                elif self._idle:
+                    page = self._evict()
+                else:
+                    self._note_peak()
+                    return done
+                refs[page] = 1
+                held.append([page], page_tokens)
+        self._note_peak()
+        return len(request_ids)
+
     def settle(self, pages: int | None = None) -> int:
         """Publish what was put off, in order, at most so many `pages` of it; how many it were."""
         published = 0
@@ -415,7 +440,7 @@ class PagedKv:
 
     def _take(self, count: int) -> list[int]:
         """Reference `count` fresh pages; the caller has seen that they are there."""
-        refs, empty, stats = self._refs, self._empty, self.stats
+        refs, empty = self._refs, self._empty
         if count == 1 and empty:
             taken = [empty.pop()]
         else:
@@ -425,10 +450,12 @@ class PagedKv:
             taken += [self._evict() for _ in range(count - at_once)]
         for page in taken:
             refs[page] = 1
-        used = self.total_pages - len(empty) - len(self._idle)
-        if used > stats.peak_pages:
-            stats.peak_pages = used
+        self._note_peak()
         return taken
+
+    def _note_peak(self) -> None:
+        used = self.total_pages - len(self._empty) - len(self._idle)
+        self.stats.peak_pages = max(self.stats.peak_pages, used)
 
     def _evict(self) -> int:
         """The cached page that was released first; it caches nothing any more."""

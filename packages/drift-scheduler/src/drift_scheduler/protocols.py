@@ -24,7 +24,11 @@ from drift_scheduler.view import View
 
 
 class KvPool(Protocol):
-    """Pages of one shared KV cache. Questions change nothing; reservations are all-or-nothing."""
+    """Pages of one shared KV cache. Questions change nothing; reservations are all-or-nothing.
+
+    Optional: `grow(request_ids, tokens) -> int` does what a `commit` of all but the last of `tokens` and an `extend`
+    to them do for each request in order, and returns how many it did before pages ran out.
+    """
 
     @property
     def page_tokens(self) -> int:

@@ -33,6 +33,7 @@ class DecodeRows:
         self.last_token: FloatArray = np.zeros(capacity)
         self.tbt_max: FloatArray = np.zeros(capacity)
         self.late: IntArray = np.zeros(capacity, np.int64)
+        self._to_limit = 0  # no row gets to its limit in fewer tokens than that; nothing is known at 0
         self._ids: tuple[str, ...] | None = ()
         self._tightest: float | None = None
 
@@ -51,6 +52,7 @@ class DecodeRows:
         self.late[row] = tracked.late
         tracked.row = row
         self.n += 1
+        self._to_limit = min(self._to_limit, limit - tracked.known)
         self._changed()
 
     def remove(self, row: int) -> Tracked:
@@ -75,22 +77,35 @@ class DecodeRows:
 
     def advance(self, n: int, now: float) -> FloatArray:
         """Rows `[0, n)` got a token at `now`; returns their gaps in seconds."""
-        gaps: FloatArray = now - self.last_token[:n]
-        self.last_token[:n] = now
-        np.maximum(self.tbt_max[:n], gaps, out=self.tbt_max[:n])
-        self.late[:n] += gaps > self.tbt[:n]
-        self.context[:n] += 1
+        last, longest = self.last_token[:n], self.tbt_max[:n]
+        late, context = (
+            self.late[:n],
+            self.context[:n],
+        )  # `self.late[:n] += x` would copy the result once more
+        gaps: FloatArray = now - last
+        last.fill(now)
+        np.maximum(longest, gaps, out=longest)
+        late += gaps > self.tbt[:n]
+        context += 1
+        self._to_limit -= 1
         return gaps
 
     def at_limit(self, n: int) -> list[int]:
         """Rows of `[0, n)` that reached their length limit."""
-        reached = self.context[:n] >= self.limit[:n]
-        return [int(row) for row in np.flatnonzero(reached)] if reached.any() else []
+        if self._to_limit > 0:
+            return []
+        left = self.limit[: self.n] - self.context[: self.n]
+        reached: list[int] = (left[:n] <= 0).nonzero()[0].tolist()
+        going_on = left[left > 0]
+        self._to_limit = (
+            0 if not len(going_on) or len(going_on) < self.n - len(reached) else int(going_on.min())
+        )
+        return reached
 
     def short_of_pages(self) -> list[int]:
         """Rows whose next position no page covers yet."""
-        short = self.context[: self.n] > self.capacity[: self.n]
-        return [int(row) for row in np.flatnonzero(short)] if short.any() else []
+        short: list[int] = (self.context[: self.n] > self.capacity[: self.n]).nonzero()[0].tolist()
+        return short
 
     def step(self) -> DecodeStep:
         """One token for every row."""

@@ -215,6 +215,7 @@ class Scheduler:
         self._fallback: DispatchPolicy = Alternate()
         self._inherited: tuple[Flight | None, Flight | None] = (None, None)
         self._stopwatch = stopwatch
+        self._grow_many: Callable[[list[str], list[int]], int] | None = getattr(kv, "grow", None)
         self._view = LiveView(self)
         self._arrivals = 0
         self._endings = 0  # requests that were cancelled while a lane works on them
@@ -570,7 +571,14 @@ class Scheduler:
             return
         page = self.kv.page_tokens
         contexts = rows.context[short].tolist()
-        for tracked, context in zip([rows.tracked[row] for row in short], contexts, strict=True):
+        needy = [rows.tracked[row] for row in short]
+        grown = 0
+        if self._grow_many is not None:
+            grown = self._grow_many([tracked.request.id for tracked in needy], contexts)
+            for tracked, context in zip(needy[:grown], contexts, strict=False):
+                tracked.capacity = -(-context // page) * page
+                rows.capacity[tracked.row] = tracked.capacity
+        for tracked, context in zip(needy[grown:], contexts[grown:], strict=True):
             request_id = tracked.request.id
             while tracked.row >= 0:
                 self.kv.commit(request_id, context - 1)

@@ -107,7 +107,7 @@ class _Plain:
     def of(cls, states: list[SequenceState]) -> _Plain:
         """Look through a step's rows."""
         samplers = [state.sampler for state in states]
-        if any([chosen_on_host(sampler) for sampler in samplers]):
+        if any(map(chosen_on_host, samplers)):
             return cls(states, False, [], [], frozenset())
         sets = {id(sampler.stop_ids): sampler.stop_ids for sampler in samplers}
         stop_ids: frozenset[int] = frozenset().union(*sets.values())
@@ -183,6 +183,9 @@ class CudaExecutor:
         self._running: dict[Lane, _Running] = {}
         self._gang: Gang | None = None
         self._decode_units = 0
+        self._usual_units: dict[
+            bool, int
+        ] = {}  # of the latest decode step with a prefill beside it, and without
         self._over = False
         self._failures: list[Event] = []
         self._formed: set[str] = set()  # requests whose output has a form
@@ -382,14 +385,16 @@ class CudaExecutor:
             self._inbox.put(event)
 
     def _prepare_next(self) -> None:
-        """The likeliest next step is this one's requests again, on the same units."""
+        """The likeliest next step is this one's requests again, and those that have been prefilled meanwhile."""
         running = self._running.get(Lane.DECODE)
         decoding = running is not None and running.launched and self._decode_units
         started = self.times.start()
         if decoding and self._states is not None and self._plain is None:
             self._plain = _Plain.of(self._states)
             self.times.stop("prepare", started)
-        elif decoding and self.decode.prepare(self._decode_units):
+        elif decoding and self.decode.prepare(
+            self._usual_units.get(Lane.PREFILL in self._running, self._decode_units)
+        ):
             self.times.stop("prepare", started)
         elif self._masks:
             self._masks.pop().allowed()
@@ -471,6 +476,7 @@ class CudaExecutor:
         self._launch_next(running)
         lane.rows.done()
         self._decode_units = units
+        self._usual_units[gang.prefill is not None or Lane.PREFILL in self._running] = units
         self._note_masks()
         if self._states is not lane.states:
             self._states, self._plain = lane.states, None

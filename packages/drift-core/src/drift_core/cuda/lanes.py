@@ -254,7 +254,9 @@ class DecodeLane:
         elif self._joining:
             rows.expect(self._joining, units)
             self._joining = []
-        elif self._ahead and self._filled is None and rows.work is not None:
+        elif rows.cut_for(units):
+            return True
+        elif self._ahead and rows.work is not None and self._filled is not rows.work:
             self._fill_ahead(rows.work)
         else:
             return False

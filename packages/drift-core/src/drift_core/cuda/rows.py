@@ -143,6 +143,13 @@ class DecodeRows:
             self._work.advance()
         self._find_turning()
 
+    def cut_for(self, num_sms: int) -> bool:
+        """Cut the work of the step that rows stand at for so many multiprocessors; whether it was not yet."""
+        if self._work is not None and self._work_sms == num_sms:
+            return False
+        self._recut(num_sms)
+        return True
+
     def expect(self, joining: Sequence[str], num_sms: int) -> None:
         """These will decode from the next step on, after those that do: read them while there is time.
 
@@ -163,9 +170,9 @@ class DecodeRows:
         """
         if not self._moved:
             self._close_holes()
-        if request_ids is not self.ids and request_ids != self.ids:
-            if dense or not self._leave_holes(request_ids, num_sms):
-                self._regroup(request_ids)
+        same = request_ids is self.ids or request_ids == self.ids
+        if not same and (dense or not self._leave_holes(request_ids)):
+            self._regroup(request_ids)
         self.move_on(num_sms)
         if self._work is None or self._work_sms != num_sms:
             self._recut(num_sms)
@@ -249,10 +256,10 @@ class DecodeRows:
         self._drop_work()
         self._work, self._work_sms, self._age = self._cut(self.context, num_sms), num_sms, 0
 
-    def _leave_holes(self, request_ids: tuple[str, ...], num_sms: int) -> bool:
+    def _leave_holes(self, request_ids: tuple[str, ...]) -> bool:
         """Whether the rows serve this step as they stand, some of them as nobody's."""
         here, row_of = len(self.ids), self._row_of
-        if not self._moved or self._work_sms != num_sms or self._work is None or self._on_host:
+        if not self._moved or self._on_host:
             return False
         if not 0 < here - len(request_ids) <= MOST_HOLES:
             return False
@@ -269,30 +276,29 @@ class DecodeRows:
             self._regroup(self._wanted)
 
     def _find_turning(self) -> None:
-        self._turning = ((self.context - 1) % self._kv.page_tokens == 0).nonzero()[
-            0
-        ]  # a third of flatnonzero's time
+        position, tokens = self.context - 1, self._kv.page_tokens
+        rows = (position % tokens == 0).nonzero()[0]  # a third of flatnonzero's time
+        entries = position[rows] // tokens
+        self._turning = (rows, entries)
+        if len(rows):
+            self._width = max(self._width, int(entries.max()) + 1)
 
     def _turn_pages(self) -> None:
         """Rows whose step writes the first slot of a page: which page that is, the pool knows by now."""
         if self._turning is None:
             self._find_turning()
-        rows = self._turning
-        assert rows is not None
+        assert self._turning is not None
+        rows, entries = self._turning
         if self._holes:
-            rows = rows[~np.isin(rows, self._holes)]
+            kept = [at for at, row in enumerate(rows.tolist()) if row not in self._holes]
+            rows, entries = rows[kept], entries[kept]
         if not len(rows):
             return
-        tokens = self._kv.page_tokens
-        entries = (self._context[rows] - 1) // tokens
         page_at, ids = self._kv.page_at, self.ids
-        new = np.array(
-            [page_at(ids[row], entry) for row, entry in zip(rows.tolist(), entries.tolist(), strict=True)],
-            np.int64,
-        )
+        pairs = zip(rows.tolist(), entries.tolist(), strict=True)
+        new = np.array([page_at(ids[row], entry) for row, entry in pairs], np.int64)
         self._table[rows, entries] = new
-        self._slots[rows] = new * tokens
-        self._width = max(self._width, int(entries.max()) + 1)
+        self._slots[rows] = new * self._kv.page_tokens
         self._turned.append(rows)
         for block in self._blocks:
             block.note(rows, entries)
@@ -350,7 +356,7 @@ class DecodeRows:
 def pad(
     host: dict[str, Array], table: npt.NDArray[np.int32], count: int, bucket: int, spare: tuple[int, int]
 ) -> None:
-    """Rows count..bucket-1 are nobody's: one token of a page that belongs to nobody, stored nowhere. spare: (page, cell)."""
+    """Make rows count..bucket-1 nobody's: one token of the spare page, stored nowhere. spare: (page, cell)."""
     page, cell = spare
     host["context_lens"][count:bucket] = 1
     host["source"][count:bucket] = 0
