@@ -91,9 +91,7 @@ class DecodeRows:
         self._work_sms = 0
         self._age = 0
         self._moved = False  # whether the rows stand at the next step already
-        self._turning: Ints | None = (
-            None  # rows whose step writes the first slot of a page, once that is known
-        )
+        self._turning: tuple[Ints, Ints] | None = None  # rows whose step begins a page, and which of theirs
         self._turned: list[Ints] = []  # of those, the ones whose page was looked up since `fill`
         self.order: Ints | None = None
         """The row of each request of the step, where some rows are nobody's; `None` where they follow each other."""
