@@ -24,7 +24,6 @@ from drift_core.frames import (
     TokenLogprob,
     TokensItem,
     decode_to_engine,
-    decode_to_gateway,
     encode_frame,
 )
 from drift_core.sampling_params import SamplingParams
@@ -66,6 +65,10 @@ TO_GATEWAY = [
 ]  # fmt: skip
 
 
+def decode_to_gateway(body: bytes) -> frames.ToGateway:
+    return frames.FramesOfEngine().decode(body)
+
+
 def bodies(data: bytes) -> list[bytes]:
     return FrameSplitter().feed(data)
 
@@ -89,7 +92,33 @@ def test_however_the_bytes_are_cut_the_frames_are_the_same(cuts: list[int]) -> N
     for length in [*cuts, len(data)]:
         found += splitter.feed(data[position : position + length])
         position += length
-    assert [decode_to_gateway(body) for body in found] == TO_GATEWAY
+    decoder = frames.FramesOfEngine()
+    assert [decoder.decode(body) for body in found] == TO_GATEWAY
+
+
+def test_ids_that_are_the_same_again_are_the_same_list() -> None:
+    decoder = frames.FramesOfEngine()
+
+    def through(*items: TokensItem) -> list[TokensItem]:
+        (body,) = bodies(encode_frame(StepFrame(1.0, tokens=list(items))))
+        frame = decoder.decode(body)
+        assert frame == StepFrame(1.0, tokens=list(items))
+        assert isinstance(frame, StepFrame)
+        return frame.tokens
+
+    (one,) = through(TokensItem(["a", "b"], [1, 2]))
+    first, two = through(TokensItem(["c"], [9], first=True), TokensItem(["a", "b"], [3, 4]))
+    assert two.ids is one.ids
+    assert first.ids == ["c"]
+    (more,) = through(TokensItem(["a", "b", "c"], [5, 6, 7]))
+    (again,) = through(TokensItem(["a", "b", "c"], [8, 9, 10]))
+    assert again.ids is more.ids
+
+
+def test_ids_that_are_no_texts_are_refused() -> None:
+    (body,) = bodies(encode_frame(StepFrame(1.0, tokens=[TokensItem(["a"], [1])])))
+    with pytest.raises(FrameError, match="not a frame from an engine"):
+        decode_to_gateway(body.replace(b"\xa1a", b"\x07"))
 
 
 def test_a_length_above_the_cap_is_refused_before_its_bytes_come() -> None:

@@ -31,7 +31,7 @@ from drift_core.frames import (
     TokensItem,
     encode_frame,
 )
-from drift_core.link import EngineClient, EngineFailed, EngineGone, EngineLink, Submission
+from drift_core.link import ITEMS_PER_LOOK, EngineClient, EngineFailed, EngineGone, EngineLink, Submission
 from drift_core.sampling_params import SamplingParams
 
 WAIT = 20.0
@@ -255,7 +255,7 @@ def test_past_its_bound_the_backlog_counts_the_gateway_as_gone(monkeypatch: pyte
 def test_a_reader_that_lags_too_far_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     async def body(client: EngineClient, engine: Engine) -> None:
         submission = client.submit([submit("a#0")])
-        for step in range(101):
+        for step in range(101 + ITEMS_PER_LOOK):
             engine.link.send(StepFrame(float(step), tokens=[TokensItem(["a#0"], [step])]))
         assert (await engine.until(2))[1] == Cancel("a#0")
         await news(submission)

@@ -27,8 +27,8 @@ class TokenText(Protocol):
     def byte_level(self) -> bool:
         """Whether a text is the bytes of its tokens, one after another."""
 
-    def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """The bytes of one token of a byte-level vocabulary; none for what is skipped."""
+    def bytes_by_id(self, skip_special_tokens: bool = True) -> Mapping[int, bytes]:
+        """By id, the bytes of a token of a byte-level vocabulary; none for what is skipped."""
 
     def whole_texts(self, skip_special_tokens: bool = True) -> Mapping[int, str | None]:
         """By id, the text of a token of a byte-level vocabulary that is whole characters; `None` for others."""
@@ -86,8 +86,7 @@ class _ByteDecoder:
     """
 
     def __init__(self, tokenizer: TokenText, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._bytes = tokenizer.bytes_by_id(skip_special_tokens)
         self._texts = tokenizer.whole_texts(skip_special_tokens)
         self._codec = codecs.getincrementaldecoder("utf-8")("replace")
         self._open = False
@@ -98,8 +97,8 @@ class _ByteDecoder:
             parts = [texts[token] for token in token_ids]
             if None not in parts:
                 return "".join(parts)  # type: ignore[arg-type]
-        token_bytes, skip = self._tokenizer.token_bytes, self._skip
-        text = self._codec.decode(b"".join([token_bytes(token, skip) for token in token_ids]))
+        token_bytes = self._bytes
+        text = self._codec.decode(b"".join([token_bytes[token] for token in token_ids]))
         self._open = bool(self._codec.getstate()[0])
         return text
 

@@ -10,7 +10,7 @@ Times are seconds on `time.monotonic()`, which both processes share. New fields 
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Any, Final, Union, cast
 
 import msgspec
 
@@ -307,7 +307,6 @@ ToGateway = Starting | Ready | StepFrame | Failed | Pong | Answer
 
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _TO_ENGINE: Final[msgspec.msgpack.Decoder[ToEngine]] = msgspec.msgpack.Decoder(ToEngine)
-_TO_GATEWAY: Final[msgspec.msgpack.Decoder[ToGateway]] = msgspec.msgpack.Decoder(ToGateway)
 
 
 def encode_frame(frame: ToEngine | ToGateway) -> bytes:
@@ -325,12 +324,62 @@ def decode_to_engine(body: bytes) -> ToEngine:
         raise FrameError(f"not a frame from a gateway: {error}") from error
 
 
-def decode_to_gateway(body: bytes) -> ToGateway:
-    """The frame in `body` (without its length). Raises FrameError when it is none of the engine's."""
-    try:
-        return _TO_GATEWAY.decode(body)
-    except msgspec.MsgspecError as error:
-        raise FrameError(f"not a frame from an engine: {error}") from error
+class _TokensAsSent(msgspec.Struct, frozen=True, array_like=True):
+    """`TokensItem` whose ids were not looked at."""
+
+    ids: msgspec.Raw
+    token_ids: list[int]
+    first: bool = False
+    logprobs: dict[str, TokenLogprob] | None = None
+
+
+def _as_sent(field: msgspec.structs.FieldInfo) -> tuple[Any, ...]:
+    kind = list[_TokensAsSent] if field.name == "tokens" else field.type
+    if field.required:
+        return field.name, kind
+    return field.name, kind, [] if field.default is msgspec.NODEFAULT else field.default
+
+
+_StepAsSent: Final[Any] = msgspec.defstruct(
+    "_StepAsSent", map(_as_sent, msgspec.structs.fields(StepFrame)), frozen=True, array_like=True, tag="step"
+)
+"""`StepFrame` with such items."""
+
+
+class FramesOfEngine:
+    """Decodes the frames of one engine.
+
+    From step to step mostly the same requests get a token. Their ids are compared as bytes, and are the same list
+    again: of 512 requests that saves 50 us of 85 a frame.
+    """
+
+    def __init__(self) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
+            Union[Starting, Ready, _StepAsSent, Failed, Pong, Answer]  # noqa: UP007  # one of them is no type to mypy
+        )
+        self._ids: msgspec.msgpack.Decoder[list[str]] = msgspec.msgpack.Decoder(list[str])
+        self._latest = b""
+        self._latest_ids: list[str] = []
+
+    def decode(self, body: bytes) -> ToGateway:
+        """The frame in `body` (without its length). Raises FrameError when it is none of the engine's."""
+        try:
+            frame = self._decoder.decode(body)
+            if not isinstance(frame, _StepAsSent):
+                return cast(ToGateway, frame)
+            tokens = [self._item(item) for item in frame.tokens]
+        except msgspec.MsgspecError as error:
+            raise FrameError(f"not a frame from an engine: {error}") from error
+        return StepFrame(**(msgspec.structs.asdict(frame) | {"tokens": tokens}))
+
+    def _item(self, item: _TokensAsSent) -> TokensItem:
+        ids = bytes(item.ids)
+        if ids == self._latest:
+            return TokensItem(self._latest_ids, item.token_ids, item.first, item.logprobs)
+        decoded = self._ids.decode(ids)
+        if not item.first:
+            self._latest, self._latest_ids = ids, decoded
+        return TokensItem(decoded, item.token_ids, item.first, item.logprobs)
 
 
 class FrameSplitter:

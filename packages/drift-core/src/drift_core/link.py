@@ -24,6 +24,7 @@ from drift_core.frames import (
     Cancel,
     Failed,
     FrameError,
+    FramesOfEngine,
     FrameSplitter,
     Join,
     Ping,
@@ -37,7 +38,6 @@ from drift_core.frames import (
     ToGateway,
     TokensItem,
     decode_to_engine,
-    decode_to_gateway,
     encode_frame,
 )
 from drift_core.submission import Progress, Submission, Turns
@@ -48,6 +48,9 @@ __all__ = ["EngineClient", "EngineFailed", "EngineGone", "EngineLink", "Progress
 READ_BYTES: Final = 256 * 1024
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
 """Frames kept for a gateway that does not read; past it the gateway counts as gone."""
+
+ITEMS_PER_LOOK: Final = 16
+"""Of so many items of tokens, one is told to readers that know of news already: that is where they are found to lag."""
 
 EXIT_STATUS_ORPHANED: Final = 70
 
@@ -222,6 +225,7 @@ class EngineClient:
         self._transport: asyncio.Transport | None = None
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
         self._members: _Members | None = None
+        self._items = 0
         self._turns = Turns()
         self.pong: Pong | None = None
         """The latest answer to a `ping`."""
@@ -388,9 +392,10 @@ class EngineClient:
 
     def _deliver_tokens(self, item: TokensItem, now: float) -> None:
         members = self._members
-        if members is None or members.ids != item.ids:
+        if members is None or (members.ids is not item.ids and members.ids != item.ids):
             members = _Members(item.ids, self._in_flight)
-            self._members = members if members.complete else None
+            if not item.first:
+                self._members = members if members.complete else None
         for append, token_id in zip(members.appends, members.known(item.token_ids), strict=True):
             append(token_id)
         for append_time in members.appends_of_times:
@@ -399,10 +404,11 @@ class EngineClient:
             for progress in members.requests:
                 if (logprob := item.logprobs.get(progress.id)) is not None:
                     progress.add_logprob(logprob)
-        first = item.first
+        self._items += 1
+        all_of_them = item.first or self._items % ITEMS_PER_LOOK == 0
         for submission in members.submissions:
-            if not submission.queued or first:
-                submission.notify(first)
+            if all_of_them or not submission.told:
+                submission.notify(item.first)
 
 
 class _Members:
@@ -432,6 +438,7 @@ class _ClientProtocol(asyncio.Protocol):
     def __init__(self, client: EngineClient) -> None:
         self._client = client
         self._splitter = FrameSplitter()
+        self._decode = FramesOfEngine().decode
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -444,7 +451,7 @@ class _ClientProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for body in self._splitter.feed(data):
-                self._client.receive(decode_to_gateway(body))
+                self._client.receive(self._decode(body))
         except (FrameError, ValueError) as error:
             self._client.end(f"the engine sent nonsense: {error}")
             if self._transport is not None:

@@ -100,6 +100,8 @@ class Submission:
         self._urgent = False
         self.queued = False
         """Whether it waits for its reader's turn, with the news it has and all that is to come."""
+        self.told = False
+        """Whether more tokens need not be told of each time: it is queued, or busy and knows of some already."""
         self._left = False
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[Any] | None = None
@@ -140,7 +142,7 @@ class Submission:
                 await self._waiter
             finally:
                 self._waiter = None
-        self._news = self._urgent = False
+        self._news = self._urgent = self.told = False
         if self._error is not None:
             raise self._error
 
@@ -151,7 +153,7 @@ class Submission:
 
     def notify(self, urgent: bool = False) -> None:
         """There is news; `urgent`: other than tokens after the first. `Turns.give` lets the reader go."""
-        self._news = True
+        self._news = self.told = True
         self._urgent = self._urgent or urgent
         if self._waiter is None or self._passing_on:
             self._look_at_lag()
@@ -165,7 +167,7 @@ class Submission:
 
     def let_go(self) -> None:
         """It is the reader's turn."""
-        self.queued = False
+        self.queued = self.told = False
         waiter = self._waiter
         if waiter is None or self._passing_on or waiter.done():
             return

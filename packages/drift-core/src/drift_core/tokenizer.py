@@ -66,6 +66,8 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._texts = _WholeTexts(self, skip_special_tokens=False)
         self._texts_shown = _WholeTexts(self, skip_special_tokens=True)
+        self._all_bytes = _TokenBytes(self, skip_special_tokens=False)
+        self._bytes_shown = _TokenBytes(self, skip_special_tokens=True)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -140,6 +142,10 @@ class Tokenizer:
         """By id, the text of each token of a byte-level vocabulary that is whole characters; `None` for others."""
         return self._texts_shown if skip_special_tokens else self._texts
 
+    def bytes_by_id(self, skip_special_tokens: bool = True) -> Mapping[int, bytes]:
+        """By id, `token_bytes`."""
+        return self._bytes_shown if skip_special_tokens else self._all_bytes
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -158,6 +164,19 @@ class Tokenizer:
         return self.encode(
             self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False
         )
+
+
+class _TokenBytes(dict[int, bytes]):
+    """As `_WholeTexts`, of bytes."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+
+    def __missing__(self, token_id: int) -> bytes:
+        known = self[token_id] = self._tokenizer.token_bytes(token_id, self._skip)
+        return known
 
 
 class _WholeTexts(dict[int, str | None]):
