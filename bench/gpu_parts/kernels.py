@@ -58,6 +58,7 @@ def _all(torch: Any, draw: random.Random, quick: bool, found: Findings) -> Any:
         tried.append(("SiLU and multiply", "", partial(_silu, torch, dtype)))
         if dtype == torch.bfloat16:
             tried.append(("share of sampled tokens that differ", "", partial(_sampling, torch)))
+            tried.append(("share of masked logits that differ", "", partial(_masks, torch)))
         kind = str(dtype).removeprefix("torch.")
         for name, which, measure in tried:
             yield name, _guarded(found, f"{name} {which} {kind}", measure), kind
@@ -269,3 +270,18 @@ def _sampling(torch: Any, rows: int = 96, vocab: int = 128256) -> float:
     launch_sample(logits, out, columns, 64)
     want = reference.sample(logits, temperature, top_k, top_p, min_p, draws)
     return float((out != want).float().mean())
+
+
+def _masks(torch: Any, rows: int = 96, vocab: int = 128256) -> float:
+    """The share of logits that differ from the reference's, rows without a mask included."""
+    from drift_kernels import reference
+    from drift_kernels.triton_ops.sampling import launch_mask
+
+    logits = torch.randn(rows, vocab, device=DEVICE) * 3
+    logits[7, 100:200] = float("nan")
+    words = torch.randint(-(1 << 31), 1 << 31, (rows // 3, vocab // 32), device=DEVICE).int()
+    picked = torch.arange(1, rows, 3, device=DEVICE).int()
+    want = logits.clone()
+    reference.mask_logits(want, picked, words)
+    launch_mask(logits, picked, words, 64)
+    return float((logits != want).float().mean())

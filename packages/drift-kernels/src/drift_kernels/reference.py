@@ -122,6 +122,21 @@ def sample(
     return tokens
 
 
+FINITE = 1e30
+"""What masked logits are kept within, so that a broken model's row does not leave its form."""
+
+
+def mask_logits(logits: Tensor, picked: Tensor, words: Tensor) -> None:
+    """Forbid tokens in rows `picked` int32[N] of float32 logits[R, V]: those whose bit in words int32[N, >= V/32] is 0.
+
+    Bit t % 32 of word t // 32, lowest first, is token t's. Logits of allowed tokens become finite (NaN: 0).
+    """
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    allowed = bits.flatten(1)[:, : logits.shape[1]].bool()
+    kept = logits[picked.long()].nan_to_num(0.0).clamp(-FINITE, FINITE)
+    logits[picked.long()] = torch.where(allowed, kept, float("-inf"))
+
+
 def philox_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     """float32[R] in [0, 1) from int64 seeds and int32 positions: Philox 4x32-10, as Triton's `tl.rand` has it.
 

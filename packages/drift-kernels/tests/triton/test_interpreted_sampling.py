@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from drift_kernels import reference
-from drift_kernels.triton_ops.sampling import MOST_PIECES, SamplingRows, launch_argmax, launch_sample
+from drift_kernels.triton_ops.sampling import (
+    MOST_PIECES,
+    SamplingRows,
+    launch_argmax,
+    launch_mask,
+    launch_sample,
+)
 
 
 def _argmax(logits: Tensor, num_sms: int = 3) -> list[int]:
@@ -123,3 +129,34 @@ def test_rows_without_a_choice() -> None:
     logits[2, 9] = float("inf")
     rows = _rows([(1.0, 5, 0.9, 0.1)] * 3, torch.full((3,), 0.5))
     assert _sample(logits, rows) == [0, 7, 9]
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 4097, 9000])
+@pytest.mark.parametrize("num_sms", [1, 8])
+def test_masks(vocab: int, num_sms: int) -> None:
+    torch.manual_seed(vocab)
+    memory = torch.randn(5, vocab + 3)
+    logits = memory[:, :vocab]
+    words = torch.randint(-(1 << 31), 1 << 31, (3, -(-vocab // 32) + 2)).int()
+    words[0] = -1
+    words[1, 0] = 1 << (vocab % 31)
+    picked = torch.tensor([4, 0, 2], dtype=torch.int32)
+    want = logits.clone()
+    reference.mask_logits(want, picked, words)
+    beside = memory[:, vocab:].clone()
+    launch_mask(logits, picked, words, num_sms)
+    assert torch.equal(logits, want)
+    assert torch.equal(memory[:, vocab:], beside)
+    assert torch.equal(want[4], logits[4])
+
+
+def test_a_masked_row_stays_in_its_form_whatever_the_model_says() -> None:
+    broken = torch.tensor([float("nan"), float("-inf"), float("inf"), float("nan"), 3.0])
+    logits = broken.repeat(4, 1)
+    words = torch.tensor([[0b00010], [0b01001], [0b10011], [0b00100]], dtype=torch.int32)
+    picked = torch.arange(4, dtype=torch.int32)
+    want = logits.clone()
+    reference.mask_logits(want, picked, words)
+    launch_mask(logits, picked, words, 2)
+    assert torch.equal(logits, want)
+    assert _argmax(logits) == [1, 0, 4, 2]

@@ -21,7 +21,7 @@ from drift_kernels.triton_ops.layers import (
     launch_silu_and_mul,
     launch_write_kv,
 )
-from drift_kernels.triton_ops.sampling import SamplingRows, launch_argmax, launch_sample
+from drift_kernels.triton_ops.sampling import SamplingRows, launch_argmax, launch_mask, launch_sample
 from drift_kernels.triton_ops.tiles import HEAD_SIZES, padded_head
 
 _SMS = 8
@@ -117,7 +117,7 @@ def compile_rows(architecture: int, dtype: torch.dtype, size: int) -> list[Entry
 
 
 def compile_sampling(architecture: int) -> list[Entry]:
-    """Greedy and filtered choice of a token, fp32 logits."""
+    """Greedy and filtered choice of a token, and bits that forbid tokens; fp32 logits."""
     logits, out = torch.zeros(3, 32000), torch.zeros(3, dtype=torch.int64)
     floats, ints = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
     rows = SamplingRows(floats, ints, floats, floats, torch.zeros(4, dtype=torch.int64), ints)
@@ -126,7 +126,8 @@ def compile_sampling(architecture: int) -> list[Entry]:
         launch_argmax(logits, out, torch.zeros(256), torch.zeros(256, dtype=torch.int32), _SMS)
         launch_sample(logits, out, rows, _SMS)
         launch_sample(logits, out, drawn, _SMS)
-    names = ("argmax of pieces", "argmax of a row", "sample", "sample with given draws")
+        launch_mask(logits, ints[:2], torch.zeros(2, 1008, dtype=torch.int32), _SMS)
+    names = ("argmax of pieces", "argmax of a row", "sample", "sample with given draws", "mask")
     return [Entry(name, Variant(), one, 2, None) for name, one in zip(names, launches, strict=True)]
 
 

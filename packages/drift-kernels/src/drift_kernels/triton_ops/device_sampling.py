@@ -18,6 +18,23 @@ def _logits(row, columns, vocab):
 
 
 @triton.jit(do_not_specialize=["rows"])
+def mask_rows(logits, picked, words, rows, vocab, stride, words_stride, BLOCK: tl.constexpr):
+    """Forbid tokens of rows picked[rows] in place, by bits; what stays is made finite. Programs take pieces in turn."""
+    pieces = tl.cdiv(vocab, BLOCK)
+    for index in range(tl.program_id(0), rows * pieces, tl.num_programs(0)):
+        which = index // pieces
+        columns = index % pieces * BLOCK + tl.arange(0, BLOCK)
+        held = columns < vocab
+        word = tl.load(words + which * words_stride + columns // 32, mask=held, other=0)
+        allowed = ((word >> (columns % 32)) & 1) != 0
+        place = logits + tl.load(picked + which).to(tl.int64) * stride + columns
+        value = tl.load(place, mask=held & allowed, other=0.0)
+        value = tl.where(value == value, value, 0.0)
+        value = tl.minimum(tl.maximum(value, -1.0e30), 1.0e30)
+        tl.store(place, tl.where(allowed, value, float("-inf")), mask=held)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def argmax_pieces(
     logits, peaks, places, rows, vocab, stride, PIECES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -15,6 +15,7 @@ from drift_kernels.triton_ops.tiles import padded_head
 _PROGRAMS_PER_SM = 2
 _ARGMAX_BLOCK = 2048
 _SAMPLE_BLOCK = 4096
+_MASK_BLOCK = 4096
 MOST_PIECES = 64
 
 
@@ -29,6 +30,19 @@ class SamplingRows:
     seeds: Tensor  # int64[R]
     positions: Tensor  # int32[R]: how many tokens the row has generated
     draws: Tensor | None = None  # float32[R] in [0, 1) instead of seeds and positions
+
+
+def launch_mask(logits: Tensor, picked: Tensor, words: Tensor, num_sms: int) -> None:
+    """Forbid tokens of float32 logits[R, V] in place, as `drift_kernels.reference.mask_logits` says.
+
+    picked: int32[N], rows. words: int32[N, W], one line of bits for each.
+    """
+    count, vocab = len(picked), logits.shape[1]
+    assert words.shape[1] * 32 >= vocab, f"{words.shape[1]} words of bits for {vocab} tokens"
+    programs = min(count * -(-vocab // _MASK_BLOCK), num_sms * _PROGRAMS_PER_SM)
+    device_sampling.mask_rows[(programs,)](
+        logits, picked, words, count, vocab, logits.stride(0), words.stride(0), BLOCK=_MASK_BLOCK, num_warps=8
+    )
 
 
 def argmax_pieces(rows: int, vocab: int, num_sms: int) -> int:
