@@ -60,7 +60,7 @@ class SamplerState:
 
     __slots__ = (
         "_barred", "_counts", "_seed", "_seen", "_slots",
-        "filtered", "generated", "matcher", "params", "plain", "scale", "stop_ids",
+        "filtered", "formed", "generated", "matcher", "params", "plain", "scale", "stop_ids",
     )  # fmt: skip
 
     def __init__(
@@ -92,6 +92,8 @@ class SamplerState:
             self._remember_prompt(prompt_token_ids, vocab_size)
         self.plain = not (params.logit_bias or self._barred or matcher is not None or self._slots is not None)
         """Whether the row's logits are used as they are."""
+        self.formed = matcher is not None and not params.logit_bias and self._slots is None
+        """Whether they are but for what `form_bits` forbids."""
 
     def uniform(self) -> float:
         """The request's number for its next token, in [0, 1)."""
@@ -136,6 +138,18 @@ class SamplerState:
         if not math.isfinite(row.max()):  # a broken model; the form holds all the same
             np.nan_to_num(row, copy=False, nan=0.0, posinf=_HUGE, neginf=-_HUGE)
             _keep(row, allowed)
+
+    def form_bits(self) -> npt.NDArray[np.int32]:
+        """What `_confine` would leave of the next token's row, as `Matcher.bits` lays it out; not to be written to."""
+        assert self.matcher is not None
+        bits = self.matcher.bits()
+        if self.generated >= self.params.min_tokens or not self._barred:
+            return bits
+        going_on = bits.copy()
+        words = going_on.view(np.uint32)
+        for token in self._barred:
+            words[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
+        return going_on if going_on.any() else bits
 
     def _record_in_form(self, matcher: Matcher, token: int, ends: bool) -> bool:
         """Note a token of the form; where the form ends the output ends, however few tokens it took."""

@@ -31,6 +31,9 @@ from drift_core.tokenizer import Tokenizer
 from drift_scheduler.errors import DriftError
 
 Allowed = npt.NDArray[np.bool_]  # [V]: which tokens may come next
+Bits = npt.NDArray[
+    np.int32
+]  # [V / 32, rounded up]: the same; token t is bit t % 32 of word t // 32, lowest first
 
 LIMITS: Final[Mapping[str, Any]] = {
     "max_items_in_row": 2_000,
@@ -96,16 +99,16 @@ class Vocabulary:
 class Matcher:
     """How far one output has come in its form. One thread at a time."""
 
-    __slots__ = ("_allowed", "_inner", "_size", "ends", "fault")
+    __slots__ = ("_allowed", "_bits", "_inner", "_size", "ends", "fault")
 
     def __init__(
-        self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, allowed: Allowed | None = None
+        self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, first: tuple[Bits, Allowed] | None = None
     ) -> None:
-        """allowed: what may come first, where that is known."""
+        """first: what may come first, both ways, where that is known."""
         self._inner = inner
         self.ends = list(vocabulary.eos_token_ids)
         self._size = vocabulary.vocab_size
-        self._allowed = allowed
+        self._bits, self._allowed = first or (None, None)
         self.fault: str | None = None
         """Why the form cannot be followed any further, once that is so."""
 
@@ -114,31 +117,45 @@ class Matcher:
         """Whether the output may end here."""
         return self.fault is None and bool(self._inner.is_accepting())
 
+    def bits(self) -> Bits:
+        """Which tokens may come next; end-of-text tokens exactly where the form is complete, and after a fault.
+
+        Not to be written to.
+        """
+        if self._bits is None:
+            self._bits = self._mask()
+        return self._bits
+
     def allowed(self) -> Allowed:
-        """Which tokens may come next; end-of-text tokens exactly where the form is complete, and after a fault."""
+        """`bits` as one truth value a token."""
         if self._allowed is None:
-            self._allowed = self._mask()
+            bits = self.bits().view(np.uint8)
+            self._allowed = np.unpackbits(bits, count=self._size, bitorder="little").astype(np.bool_)
         return self._allowed
 
     def accept(self, token: int) -> None:
         """The output goes on with a token."""
-        self._allowed = None
+        self._allowed = self._bits = None
         if token in self.ends or self.fault is not None:
             return
         if not self._inner.consume_token(token):
             self._fail(f"token {token} is not allowed here")
 
-    def _mask(self) -> Allowed:
-        bits = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=self._size, bitorder="little").astype(np.bool_)
-        allowed[self.ends] = False
-        if self._inner.is_error() or not (allowed.any() or self._inner.is_accepting()):
+    def _mask(self) -> Bits:
+        bits = np.zeros(bit_words(self._size), np.int32)
+        of_library = np.frombuffer(self._inner.compute_bitmask(), np.uint8)[: bits.nbytes]
+        bits.view(np.uint8)[: len(of_library)] = of_library
+        beyond = len(bits) * 32 - self._size
+        if beyond:
+            bits.view(np.uint32)[-1] &= np.uint32(0xFFFFFFFF >> beyond)
+        _forbid(bits, self.ends)
+        if self._inner.is_error() or not (bits.any() or self._inner.is_accepting()):
             self._fail(_NO_TOKEN)
         if self.fault is not None:
-            allowed[:] = False
+            bits[:] = 0
         if self.fault is not None or self._inner.is_accepting():
-            allowed[self.ends] = True
-        return allowed
+            _allow(bits, self.ends)
+        return bits
 
     def _fail(self, otherwise: str) -> None:
         if self.fault is None:
@@ -146,9 +163,11 @@ class Matcher:
 
 
 class Form:
-    """A compiled form. `first`: which tokens may begin an output."""
+    """A compiled form. `first`: which tokens may begin an output, both ways."""
 
-    def __init__(self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, first: Allowed) -> None:
+    def __init__(
+        self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, first: tuple[Bits, Allowed]
+    ) -> None:
         self._inner, self._vocabulary, self._first = inner, vocabulary, first
         self._lock = threading.Lock()
 
@@ -166,11 +185,29 @@ def compile_form(vocabulary: Vocabulary, structured: Structured) -> Form:
     if inner.is_error():
         raise FormError(_reason(inner, "cannot be compiled"))
     first = Matcher(inner.deep_copy(), vocabulary)
-    allowed = first.allowed()
+    bits, allowed = first.bits(), first.allowed()
     if first.fault is not None:
         raise FormError(f"is impossible: {first.fault}")
-    allowed.flags.writeable = False  # every output begins with it
-    return Form(inner, vocabulary, allowed)
+    bits.flags.writeable = allowed.flags.writeable = False  # every output begins with them
+    return Form(inner, vocabulary, (bits, allowed))
+
+
+def bit_words(vocab_size: int) -> int:
+    """Words of bits for a vocabulary."""
+    return -(-vocab_size // 32)
+
+
+def _forbid(bits: Bits, tokens: Sequence[int]) -> None:
+    """Take tokens out."""
+    words = bits.view(np.uint32)
+    for token in tokens:
+        words[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
+
+
+def _allow(bits: Bits, tokens: Sequence[int]) -> None:
+    words = bits.view(np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
 
 
 # ------------------------------------------------------------------------------------------ the pool
