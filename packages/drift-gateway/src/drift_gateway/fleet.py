@@ -28,7 +28,6 @@ from drift_gateway.fleet_link import (
     EngineIs,
     FleetLink,
     Hurry,
-    Listening,
     PoliciesAre,
     Reload,
     Serving,
@@ -69,6 +68,8 @@ class _Member:
         self.asked: EngineClient | None = None
         """The engine that was asked to connect there."""
         self.serving = False
+        self.has_served = False
+        """Whether any of its processes ever did; one whose first never does is not started again."""
         self.trouble = ""
         self.tenants: Counter[str] = Counter()
         """Outputs that tenants have in flight through it."""
@@ -198,15 +199,14 @@ class Fleet:
 
     async def _keep(self, member: _Member, address: Address) -> None:
         """Start a member whenever there is none, until the fleet stops."""
-        crashes, has_served = 0, False
+        crashes = 0
         while not self._stopping.is_set():
             began = time.monotonic()
             how = await self._run(member, address)
-            has_served |= member.serving
             await self._lost(member)
             if self._stopping.is_set():
                 return
-            if not has_served:
+            if not member.has_served:
                 await self._give_up(member.trouble or f"gateway {member.number} ended while starting: {how}")
                 return
             settled = time.monotonic() - began > self._backoff.settled
@@ -221,7 +221,8 @@ class Fleet:
     async def _run(self, member: _Member, address: Address) -> str:
         """One process of a member, from its start to its end; how it ended."""
         ours, theirs = socket.socketpair()
-        arguments = [str(theirs.fileno()), str(member.number), str(address.port)]
+        when = "now" if self.supervisor.served is None else "served"
+        arguments = [str(theirs.fileno()), str(member.number), str(address.port), when]
         member.trouble = ""
         try:
             member.process = await ChildProcess.spawn_module(
@@ -307,6 +308,7 @@ class Fleet:
                 self._join(member)
             case Serving(ready):
                 member.serving = ready
+                member.has_served |= ready
                 self._soon(self._notify())
                 self.supervisor.on_change()
             case Trouble(message):
@@ -319,8 +321,6 @@ class Fleet:
                 answer = member.answers.get(call)
                 if answer is not None and not answer.done():
                     answer.set_result(frame)
-            case Listening():
-                log.debug("gateway %d listens", member.number)
             case _:
                 raise AssertionError(f"the link keeps {type(frame).__name__} to itself")
 

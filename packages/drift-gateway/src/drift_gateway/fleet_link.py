@@ -23,10 +23,6 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 # ---------------------------------------------------------------------------------- member to fleet
 
 
-class Listening(msgspec.Struct, frozen=True, array_like=True, tag="listening"):
-    """The port is open."""
-
-
 class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
     """An engine may connect at `path`."""
 
@@ -34,7 +30,7 @@ class Attach(msgspec.Struct, frozen=True, array_like=True, tag="attach"):
 
 
 class Serving(msgspec.Struct, frozen=True, array_like=True, tag="serving"):
-    """Whether it has an engine."""
+    """Whether it has an engine, and its port is open."""
 
     ready: bool
 
@@ -112,7 +108,7 @@ class Reload(msgspec.Struct, frozen=True, array_like=True, tag="reload"):
     """Take up changed files."""
 
 
-ToFleet = Listening | Attach | Serving | Trouble | Counted | Aborted | News | Pong
+ToFleet = Attach | Serving | Trouble | Counted | Aborted | News | Pong
 ToMember = EngineIs | PoliciesAre | Drain | Count | Abort | Stop | Hurry | Reload | News | Ping
 TO_FLEET: Final[msgspec.msgpack.Decoder[ToFleet]] = msgspec.msgpack.Decoder(ToFleet)
 TO_MEMBER: Final[msgspec.msgpack.Decoder[ToMember]] = msgspec.msgpack.Decoder(ToMember)

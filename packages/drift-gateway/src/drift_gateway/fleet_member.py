@@ -1,7 +1,9 @@
-"""`python -m drift_gateway.fleet_member FD NUMBER PORT`: body of one of several gateway processes, options on stdin.
+"""`python -m drift_gateway.fleet_member FD NUMBER PORT WHEN`: one of several gateway processes; options on stdin.
 
 A gateway like any other, but for its engine, which the fleet keeps and has connect here; FD is this end of the socket
-pair to the fleet. When that ends, so does this process: no gateway outlives its service.
+pair to the fleet. When that ends, so does this process: no gateway outlives its service. WHEN says when to open the
+port: `now`, to tell clients how far the engine is, or `served`, where others serve already and nobody need be told
+that this process starts.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import socket
 import sys
 import threading
 import time
+from math import inf
 from pathlib import Path
 from typing import Final
 
 import uvloop
 
 from drift_core.frames import Ping, Pong, Starting
+from drift_gateway import garbage
 from drift_gateway.access.security import Security
 from drift_gateway.fleet_link import (
     TO_MEMBER,
@@ -32,7 +36,6 @@ from drift_gateway.fleet_link import (
     EngineIs,
     FleetLink,
     Hurry,
-    Listening,
     PoliciesAre,
     Reload,
     Serving,
@@ -50,6 +53,8 @@ log = logging.getLogger("drift.gateway")
 
 NEWS_S: Final = 0.02
 """How often the others are told what happened here."""
+ENGINE_S: Final = 10.0
+"""How long to wait for an engine that is there."""
 EXIT_AFTER_S: Final = 5.0
 """How long this process outlives its fleet at most."""
 EXIT_STATUS_ORPHANED: Final = 70
@@ -96,18 +101,25 @@ class Member:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._times = Stop(options.grace, options.operations.lame_duck)
+        self._open = False
         report_health = self._supervisor.on_change
 
         def changed() -> None:
             report_health()
-            self._link.send(Serving(self._supervisor.engine_state is State.READY))
+            self._say_whether_serving()
 
         self._supervisor.on_change = changed
 
-    async def serve(self, address: Address, end: socket.socket) -> int:
-        """Serve until the fleet says that it is enough, or is gone; the exit status."""
+    async def serve(self, address: Address, end: socket.socket, at_once: bool) -> int:
+        """Serve until the fleet says that it is enough, or is gone; the exit status.
+
+        Not `at_once`: from when there is an engine.
+        """
         await self._link.open(end)
         self._handle_signals()
+        following = asyncio.ensure_future(self._supervisor.follow())
+        if not at_once:
+            await self._engine_or_else(ENGINE_S)
         try:
             recorders = recorders_of(self._options.operations)
             self._gateway.generations.recorders += recorders
@@ -115,10 +127,12 @@ class Member:
         except DriftError as error:
             self._link.send(Trouble(str(error)))
             self._link.close()
+            following.cancel()
             return EXIT_STATUS_TROUBLE
-        self._link.send(Listening())
+        self._open = True
+        self._say_whether_serving()
+        settling = asyncio.ensure_future(self._settle())
         telling = asyncio.ensure_future(self._tell())
-        following = asyncio.ensure_future(self._supervisor.follow())
         stopping = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((stopping, following), return_when=asyncio.FIRST_COMPLETED)
         if following.done():  # it goes on for ever unless something here is wrong
@@ -126,11 +140,26 @@ class Member:
         following.cancel()
         await self._gateway.close(self._times.grace, self._hurry, self._times.lame_duck)
         telling.cancel()
+        settling.cancel()
         self._tell_now()
         for recorder in recorders:
             recorder.close()
         self._link.close()
         return 0 if self._stop.is_set() else 1
+
+    async def _engine_or_else(self, seconds: float = inf) -> None:
+        """Wait for the engine, perhaps not for ever: it may be gone just now."""
+        deadline = time.monotonic() + seconds
+        while self._supervisor.served is None and not self._stop.is_set() and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def _say_whether_serving(self) -> None:
+        self._link.send(Serving(self._open and self._supervisor.engine_state is State.READY))
+
+    async def _settle(self) -> None:
+        """What is there once the engine is stays for good."""
+        await self._engine_or_else()
+        garbage.settle()
 
     async def _attach(self, path: Path) -> EngineProcess:
         """Instead of starting an engine: ask for the one that is there."""
@@ -194,14 +223,16 @@ class Member:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
 
 
-async def _serve(options: ServeOptions, number: int, address: Address, end: socket.socket) -> int:
-    return await Member(options, number).serve(address, end)
+async def _serve(
+    options: ServeOptions, number: int, address: Address, end: socket.socket, at_once: bool
+) -> int:
+    return await Member(options, number).serve(address, end, at_once)
 
 
 def main() -> None:
     """Read the options and serve."""
     end = socket.socket(fileno=int(sys.argv[1]))
-    number, port = int(sys.argv[2]), int(sys.argv[3])
+    number, port, at_once = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "now"
     options = decoded(sys.stdin.buffer.read())
     sys.stdin.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the fleet's to handle
@@ -209,7 +240,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=line)
     address = Address(options.address.host, port)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_serve(options, number, address, end)))
+        sys.exit(runner.run(_serve(options, number, address, end, at_once)))
 
 
 if __name__ == "__main__":
