@@ -122,7 +122,7 @@ class Fleet:
             supervisor, options.limits.max_in_flight, self._stopping, (0, options.gateways)
         )
         supervisor.on_change = self._engine_changed
-        supervisor.front = lambda: any(member.serving for member in self._members)
+        supervisor.gateways = lambda: sum(member.serving for member in self._members)
         supervisor.known_tenants = security.known_tenants
 
     # ----------------------------------------------------------------------------- as a Gateway does
@@ -217,6 +217,7 @@ class Fleet:
                 member.number, member.trouble or how, pause,
             )  # fmt: skip
             await _either(self._stopping, pause)
+            self.supervisor.gateway_restarts += 1
 
     async def _run(self, member: _Member, address: Address) -> str:
         """One process of a member, from its start to its end; how it ended."""

@@ -61,7 +61,7 @@ EXIT_STATUS_ORPHANED: Final = 70
 EXIT_STATUS_TROUBLE: Final = 2
 
 
-class Elsewhere:
+class BorrowedEngine:
     """An engine that somebody else keeps: all that can be ended here is its connection."""
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ class Member:
     async def _attach(self, path: Path) -> EngineProcess:
         """Instead of starting an engine: ask for the one that is there."""
         self._link.send(Attach(os.fspath(path)))
-        return Elsewhere()
+        return BorrowedEngine()
 
     async def _tell(self) -> None:
         while True:

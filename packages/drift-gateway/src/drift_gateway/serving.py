@@ -135,6 +135,10 @@ def _front(
     """What serves the public port: a gateway in this process, or several in their own; and who keeps account of
     requests here. Raises DriftError when one cannot."""
     if options.gateways > 1:
+        for recorder in recorders_of(
+            options.operations
+        ):  # what is wrong with one is said before anything starts
+            recorder.close()
         return Fleet(supervisor, options, security), []
     gateway = Gateway(supervisor, security=security, compat=options.compat, limits=options.limits)
     recorders = recorders_of(options.operations)
@@ -144,11 +148,22 @@ def _front(
 
 async def _start(supervisor: Supervisor, gateway: Gateway | Fleet, display: StartUpDisplay) -> Served:
     """Start the engine, and wait until all that is to serve does."""
-    served = await supervisor.start()
-    if isinstance(gateway, Fleet):
+    if not isinstance(gateway, Fleet):
+        return await supervisor.start()
+    engine = asyncio.ensure_future(supervisor.start())
+    ready = asyncio.ensure_future(gateway.ready())
+    try:
+        await asyncio.wait((engine, ready), return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()  # before the engine is ready, only trouble comes
+        served = await engine
         display.news(Starting("wait for the gateways"))
-        await gateway.ready()
-    return served
+        await ready
+        return served
+    finally:
+        ready.cancel()
+        engine.cancel()
+        await asyncio.wait((engine,))
 
 
 def _reload(security: Security, gateway: Gateway | Fleet) -> None:

@@ -35,7 +35,7 @@ class TenantUse(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class OutputEnded(msgspec.Struct, frozen=True, array_like=True):
-    """How an output fared: `gaps` between its tokens, in order of size, as float32; targets in seconds."""
+    """How an output fared: `gaps` between its tokens, in order of size, as float64; targets in seconds."""
 
     ended: EndedOutput
     gaps: bytes
@@ -90,7 +90,7 @@ class Sharing:
             if tenant is not None:
                 tenant.used_elsewhere(now, use.usage)
         for output in news.ended:
-            gaps = np.frombuffer(output.gaps, dtype=np.float32).astype(np.float64)
+            gaps = np.frombuffer(output.gaps, dtype=np.float64)
             self._supervisor.stats.add(output.ended, gaps, (output.slo_ttft, output.slo_tbt))
         for blamed in news.blamed:
             self._supervisor.quarantine.blame(blamed.fingerprints, blamed.engine)
@@ -110,7 +110,7 @@ class Sharing:
         return uses
 
     def _output_ended(self, ended: EndedOutput, gaps: Floats, targets: tuple[float, float]) -> None:
-        self._ended.append(OutputEnded(ended, gaps.astype(np.float32).tobytes(), *targets))
+        self._ended.append(OutputEnded(ended, gaps.tobytes(), *targets))
 
     def _suspects(self, fingerprints: Sequence[bytes], engine: int) -> None:
         self._blamed.append(Blamed(list(fingerprints), engine))

@@ -178,8 +178,9 @@ class Supervisor:
         self.elsewhere = Elsewhere()
         self.quarantine = Quarantine()
         self.on_change: Callable[[], None] = lambda: None
-        self.front: Callable[[], bool] = lambda: True
-        """Whether anybody takes requests for this engine: not where all of several gateways are gone."""
+        self.gateways: Callable[[], int] = lambda: 1
+        """How many processes take requests for this engine."""
+        self.gateway_restarts = 0
         self.known_tenants: Callable[[], Iterable[Tenant]] = tuple
         """Those who may call, for the metrics; none where nobody need log in."""
         self._spawn = spawn
@@ -239,7 +240,7 @@ class Supervisor:
     @property
     def healthy(self) -> bool:
         """Whether load balancers should send requests here."""
-        return self.state is State.READY and not self.retiring and self.front()
+        return self.state is State.READY and not self.retiring and self.gateways() > 0
 
     @property
     def in_flight(self) -> int:

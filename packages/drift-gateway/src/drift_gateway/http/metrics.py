@@ -192,6 +192,10 @@ METRICS: Final = (
               _one(lambda s: s.healthy)),
     Described("drift_engine_restarts_total", "counter", (), "Times the engine was started again.",
               _one(lambda s: s.restarts)),
+    Described("drift_gateways_serving", "gauge", (), "Gateway processes that serve; see --gateways.",
+              _one(lambda s: s.gateways())),
+    Described("drift_gateway_restarts_total", "counter", (), "Times one of several gateways was started again.",
+              _one(lambda s: s.gateway_restarts)),
 )  # fmt: skip
 
 

@@ -251,6 +251,8 @@ class ServiceStats:
         `gaps` between its tokens, in order of size; `targets` of TTFT and TBT. Seconds.
         """
         self.histograms.add(ended, gaps)
+        if self._since is None:
+            self._since = ended.arrival
         if ended.reason not in (*SERVED_WELL, FinishReason.FAILED.value):
             return  # cancelled or refused: no word on how well it would have been served
         for metric, met in ended.met.items():
