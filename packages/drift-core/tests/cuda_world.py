@@ -144,9 +144,10 @@ def run(
     *,
     max_running: int = 8,
     on_step: Callable[[Step], None] = lambda step: None,
+    ends: Sequence[FinishReason] = (FinishReason.LENGTH, FinishReason.STOP),
     **options: Any,
 ) -> dict[str, list[int]]:
-    """Serve the load; the tokens of each request. Every request must end for its length or a stop token."""
+    """Serve the load; the tokens of each request. Every request must end for one of `ends`."""
     scheduler = Scheduler(
         executor.device,
         executor.kv,
@@ -168,7 +169,7 @@ def run(
                     for request_id, token in zip(ids, tokens or (), strict=True):
                         found.setdefault(request_id, []).append(token)
                 case Finished(reason=reason, message=message):
-                    assert reason in (FinishReason.LENGTH, FinishReason.STOP), message
+                    assert reason in ends, message
                     left -= 1
                     if not left:
                         executor.shut_down()

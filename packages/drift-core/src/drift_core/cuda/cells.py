@@ -38,7 +38,7 @@ class TokenCells:
 
         `chosen_before`: its latest token was not chosen on this device, so that no cell can hold it.
         """
-        if chosen_on_host(state) or draws(state):
+        if chosen_on_host(state) or draws(state) or state.formed:
             self.choosy.add(request_id)
         if chosen_before:
             self._cells[request_id] = HOST_TOKEN
@@ -70,8 +70,8 @@ class TokenCells:
 
 
 def chosen_on_host(state: SamplerState) -> bool:
-    """Penalties, biases, a bar on ending and log probabilities are the host sampler's."""
-    return not state.plain or state.params.logprobs is not None
+    """Penalties, biases, a bar on ending without a form, and log probabilities are the host sampler's."""
+    return not (state.plain or state.formed) or state.params.logprobs is not None
 
 
 def draws(state: SamplerState) -> bool:

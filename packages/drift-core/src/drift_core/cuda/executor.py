@@ -26,9 +26,10 @@ import numpy as np
 from drift_core.batches import PageTables as LanePages
 from drift_core.cuda import estimates, measure
 from drift_core.cuda.cells import chosen_on_host
+from drift_core.cuda.choosing import Sampled
 from drift_core.cuda.device import Accelerator, Partitions, Place, Stream
 from drift_core.cuda.kernels import Kernels
-from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane, Sampled
+from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane
 from drift_core.cuda.order import Mark, Order
 from drift_core.cuda.passes import Model
 from drift_core.kv import PagedKv, PoolPlan
@@ -107,7 +108,7 @@ class _Plain:
     def of(cls, states: list[SequenceState]) -> _Plain:
         """Look through a step's rows."""
         samplers = [state.sampler for state in states]
-        if any(map(chosen_on_host, samplers)):
+        if not all(sampler.plain and sampler.params.logprobs is None for sampler in samplers):
             return cls(states, False, [], [], frozenset())
         sets = {id(sampler.stop_ids): sampler.stop_ids for sampler in samplers}
         stop_ids: frozenset[int] = frozenset().union(*sets.values())
@@ -312,7 +313,8 @@ class CudaExecutor:
                 return events
             if until is not None and self.now() >= until:
                 return ()
-            if self._launch_on():
+            masked, launched = self._mask_on(), self._launch_on()
+            if masked or launched:
                 idle_since = None
             elif self._running:
                 self._prepare_next()
@@ -455,6 +457,23 @@ class CudaExecutor:
         self.times.stop("launch prefill", started)
         return True
 
+    def _mask_on(self) -> bool:
+        """One more mask of a decode step whose forms allow what nobody has worked out yet; whether there was one."""
+        running = self._running.get(Lane.DECODE)
+        if running is None or running.launched:
+            return False
+        started = self.times.start()
+        self._attempt(lambda: self._mask_next(running), running.stands_for)
+        self.times.stop("masks", started)
+        return True
+
+    def _mask_next(self, running: _Running) -> None:
+        masks = self.decode.masks
+        if not masks.complete:
+            masks.fill_next()
+        if masks.complete:
+            self._launch_next(running)
+
     def _launch_next(self, running: _Running) -> None:
         if running.launches:
             running.launches.popleft()()
@@ -467,12 +486,12 @@ class CudaExecutor:
         assert step is not None
         stream, units = self.stream(self.place(Lane.DECODE, gang.partition))
         lane = self.decode
-        launch = lane.step(step.request_ids, stream, units, self.order)
+        launches = lane.step(step.request_ids, stream, units, self.order)
 
         def done(seconds: float) -> tuple[Event, ...]:
             return (self._decode_event(self._tokens(lane.sampled()), seconds),)
 
-        running = self._run(Lane.DECODE, stream, (launch,), done)
+        running = self._run(Lane.DECODE, stream, launches, done)
         self._launch_next(running)
         lane.rows.done()
         self._decode_units = units
@@ -488,7 +507,7 @@ class CudaExecutor:
         assert block.layers == self._device.num_layers, "a fused gang runs whole chunks"
         stream, units = self.stream(Place(Lane.DECODE, None))
         lane = self.decode
-        launch = lane.mixed(block.chunks, step.request_ids, stream, units, self.order)
+        launches = lane.mixed(block.chunks, step.request_ids, stream, units, self.order)
         decodes = len(step.request_ids)
 
         def done(seconds: float) -> tuple[Event, ...]:
@@ -498,16 +517,17 @@ class CudaExecutor:
                 self._decode_event(found.part(0, decodes), seconds),
             )
 
-        running = self._run(Lane.DECODE, stream, (launch,), done, (Lane.PREFILL, Lane.DECODE))
+        running = self._run(Lane.DECODE, stream, launches, done, (Lane.PREFILL, Lane.DECODE))
         self._launch_next(running)
         lane.rows.done()
         self._decode_units = 0
         self._note_masks()
 
     def _note_masks(self) -> None:
-        """What the forms of this step's outputs allow is worked out while the device computes the logits."""
+        """What forms allow whose tokens are chosen on the host is worked out while the device runs all the same."""
         if self._formed:
-            matchers = (state.sampler.matcher for state in self.decode.states)
+            samplers = [state.sampler for state in self.decode.states]
+            matchers = (sampler.matcher for sampler in samplers if chosen_on_host(sampler))
             self._masks = [matcher for matcher in matchers if matcher is not None]
 
     def _start_prefill(self, gang: Gang) -> None:
@@ -547,33 +567,36 @@ class CudaExecutor:
             if result.logprobs is not None:
                 details = [None] * len(tokens)
             for index, why in result.faults:
-                self._failures.append(RequestCancelled(chosen.ids[host[index]], FinishReason.FAILED, why))
+                self._fail(chosen.ids[host[index]], why)
             for index, row in enumerate(host):
                 tokens[row], stopped[row] = result.token_ids[index], result.stopped[index]
                 if details is not None and result.logprobs is not None:
                     details[row] = result.logprobs[index]
-        self._note(chosen.states, tokens, stopped, set(host))
+        self._note(chosen, stopped)
         return _Found(chosen.ids, tokens, stopped, details)
 
-    def _note(
-        self, states: list[SequenceState], tokens: list[int], stopped: list[bool], by_host: set[int]
-    ) -> None:
-        """Each token with its request; `sample` has recorded those of the rows `by_host`."""
-        plain = self._plain
-        if plain is not None and plain.usable and plain.states is states:
-            plain.note(tokens, stopped)
+    def _note(self, chosen: Sampled, stopped: list[bool]) -> None:
+        """Each token with its request; `sample` has recorded those chosen on the host."""
+        plain, by_host = self._plain, set(chosen.host_rows)
+        if plain is not None and plain.usable and plain.states is chosen.states:
+            plain.note(chosen.tokens, stopped)
             return
-        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
+        for row, (state, token) in enumerate(zip(chosen.states, chosen.tokens, strict=True)):
             state.tokens.append(token)
             sampler = state.sampler
             if row in by_host:
                 continue
             if not sampler.plain:
                 stopped[row] = sampler.record(token)
+                if sampler.matcher is not None and sampler.matcher.fault is not None:
+                    self._fail(chosen.ids[row], sampler.matcher.fault)
                 continue
             sampler.generated += 1  # what `record` does for a plain request, without the call
             if token in sampler.stop_ids:
                 stopped[row] = True
+
+    def _fail(self, request_id: str, why: str) -> None:
+        self._failures.append(RequestCancelled(request_id, FinishReason.FAILED, why))
 
     def _prefill_event(self, found: _Found, seconds: float) -> PrefillDone:
         return PrefillDone(seconds, found.tokens, found.stopped_ids(), found.named_details())
@@ -630,6 +653,8 @@ class CudaExecutor:
             for tokens in REHEARSED_TOKENS:
                 self.prefill.rehearse(stream, units, min(tokens, self._prefill_tokens))
                 self.accelerator.synchronize()
+        self.decode.rehearse(*self.stream(whole))
+        self.accelerator.synchronize()
         log.info("%d graphs captured in %.1f s", len(self.decode.graphs), self.decode.graphs.capture_seconds)
         self.accelerator.begin_service()
         progress(1.0)

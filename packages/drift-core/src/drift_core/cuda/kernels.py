@@ -127,6 +127,9 @@ class Kernels(Protocol):
     ) -> AttentionInputs:
         """Inputs over static buffers whose lists of work are `names` ("narrow", "wide")."""
 
+    def mask(self, logits: Tensor, picked: Tensor, words: Tensor, num_sms: int) -> None:
+        """Forbid tokens of rows `picked` of float32 logits[R, V] in place, by bits; see `reference.mask_logits`."""
+
     def choose(
         self, logits: Tensor, out: Tensor, rows: SampleRows | None, scratch: Scratch, num_sms: int
     ) -> None:
@@ -257,6 +260,10 @@ class TritonKernels(_Lists):
             num_sms=num_sms,
         )
 
+    def mask(self, logits: Tensor, picked: Tensor, words: Tensor, num_sms: int) -> None:
+        """On the device."""
+        self._sampling.launch_mask(logits, picked, words, num_sms)
+
     def choose(
         self, logits: Tensor, out: Tensor, rows: SampleRows | None, scratch: Scratch, num_sms: int
     ) -> None:
@@ -305,6 +312,10 @@ class ReferenceKernels(_Lists):
     ) -> AttentionInputs:
         """Lengths and pages say it all."""
         return laid
+
+    def mask(self, logits: Tensor, picked: Tensor, words: Tensor, num_sms: int) -> None:
+        """The reference."""
+        reference.mask_logits(logits, picked, words)
 
     def choose(
         self, logits: Tensor, out: Tensor, rows: SampleRows | None, scratch: Scratch, num_sms: int

@@ -7,7 +7,7 @@ which the executor makes when the order between lanes is settled. Knows nothing 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from drift_core.batches import PageTables
 from drift_core.cuda.buffers import Array, PassBuffers, Room
-from drift_core.cuda.cells import TokenCells, chosen_on_host, draws
+from drift_core.cuda.cells import TokenCells
+from drift_core.cuda.choosing import Choice, Chooser, Sampled
 from drift_core.cuda.decode_work import DecodeWork, Ints
 from drift_core.cuda.device import Accelerator, Graph, Stream, Touches, Work
+from drift_core.cuda.masks import FormMasks
 from drift_core.cuda.order import Order
 from drift_core.cuda.passes import Extent, Graphs, Model, Outputs, Pass, kv_cells, token_cells
 from drift_core.cuda.rows import DecodeRows, pad
-from drift_core.sampler import MIN_TEMPERATURE
 from drift_core.sequences import SequenceState, SequenceTable
 from drift_scheduler.domain import Lane, PrefillBlock, PrefillChunk
 
@@ -40,132 +41,6 @@ REHEARSED_TOKENS = (64, 63, 1)
 """Kernels are compiled apart for sizes that are multiples of 16, for others and for 1."""
 
 Launch = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A pass's tokens on the host; those of `host_rows` are still to be chosen, from `logits`."""
-
-    ids: tuple[str, ...]
-    states: list[SequenceState]
-    tokens: list[int]
-    host_rows: list[int]
-    logits: Tensor | None
-
-
-@dataclass(slots=True)
-class _Asked:
-    """What the pass under way will yield."""
-
-    ids: tuple[str, ...] = ()
-    states: list[SequenceState] = field(default_factory=list)
-    host_rows: list[int] = field(default_factory=list)
-    order: Ints | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Wishes:
-    """How the rows of `states`, a list that never changes, want their tokens: read once, good for many steps.
-
-    `host_rows`: chosen on the host. `columns`: what drawing needs, when any row draws. `drawn`: tokens that each
-    had at the first step.
-    """
-
-    states: list[SequenceState]
-    host_rows: list[int] = field(default_factory=list)
-    columns: dict[str, Array] | None = None
-    drawn: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    steps: int = 0
-
-
-class _Chooser:
-    """Fills in how each row's token is chosen, and adds the launches that the likeliest token does not do for."""
-
-    def __init__(self, accelerator: Accelerator, outputs: Outputs, cells: TokenCells) -> None:
-        self._accelerator, self._outputs, self._cells = accelerator, outputs, cells
-        self.asked = _Asked()
-        self._wishes: _Wishes | None = None
-
-    def ask(
-        self,
-        ids: tuple[str, ...],
-        states: list[SequenceState],
-        host: dict[str, Array],
-        each: Pass,
-        order: Ints | None = None,
-    ) -> Callable[[Stream, int], None]:
-        """How the next tokens of `ids` are chosen; returns what to launch once their logits are there.
-
-        order: the rows that somebody wants a token of, in the order of the answer; all of them when not given.
-        """
-        wishes = self._wishes
-        if wishes is None or wishes.states is not states:
-            wishes = self._wishes = self._read(ids, states)
-        else:
-            wishes.steps += 1
-        host_rows, drawn = wishes.host_rows, wishes.columns is not None
-        count = len(ids)
-        if order is None:
-            asked = _Asked(ids, states, host_rows)
-        else:
-            assert not host_rows, "rows without a request beside rows chosen on the host"
-            at = order.tolist()
-            asked = _Asked(tuple([ids[row] for row in at]), [states[row] for row in at], [], order)
-        if wishes.columns is not None:
-            for name, column in wishes.columns.items():
-                host[name][:count] = column
-            host["drawn"][:count] = wishes.drawn + wishes.steps
-
-        def launch(stream: Stream, units: int) -> None:
-            self.asked = asked
-
-            def touches() -> Touches:
-                return Touches([each.buffers.device], self._outputs.own())
-
-            if drawn:
-                self._accelerator.launch(stream, Work("draw", lambda: each.draw(count, units), touches))
-            if host_rows:
-                room = self._outputs.host_logits
-
-                def fetched() -> Touches:
-                    return Touches([self._outputs.logits], [room])
-
-                self._accelerator.launch(stream, Work("logits", lambda: each.fetch_logits(count), fetched))
-
-        return launch
-
-    def answer(self) -> Sampled:
-        """The tokens, once the pass is done."""
-        asked, out = self.asked, self._outputs
-        self._accelerator.host_reads(out.host_tokens)
-        logits = None
-        if asked.host_rows:
-            self._accelerator.host_reads(out.host_logits)
-            logits = out.host_logits
-        chosen = out.chosen[: len(asked.ids)] if asked.order is None else out.chosen[asked.order]
-        tokens: list[int] = chosen.tolist()
-        return Sampled(asked.ids, asked.states, tokens, asked.host_rows, logits)
-
-    def _read(self, ids: tuple[str, ...], states: list[SequenceState]) -> _Wishes:
-        """What these requests want of their tokens."""
-        if not self._cells.choosy:
-            return _Wishes(states)
-        samplers = [state.sampler for state in states]
-        host_rows = [row for row, sampler in enumerate(samplers) if chosen_on_host(sampler)]
-        left = set(host_rows)
-        if not any(draws(sampler) for row, sampler in enumerate(samplers) if row not in left):
-            return _Wishes(states, host_rows)
-        params = [sampler.params for sampler in samplers]
-        columns = {
-            "temperature": np.array(
-                [0.0 if p.greedy else max(p.temperature, MIN_TEMPERATURE) for p in params]
-            ),
-            "top_k": np.array([max(p.top_k, 0) for p in params]),
-            "top_p": np.array([p.top_p for p in params]),
-            "min_p": np.array([p.min_p for p in params]),
-            "seeds": np.array([self._cells.seed(request_id) for request_id in ids]),
-        }
-        return _Wishes(states, host_rows, columns, np.array([sampler.generated for sampler in samplers]))
 
 
 class DecodeLane:
@@ -200,7 +75,7 @@ class DecodeLane:
         self._ahead = False  # whether the other host block may be written while the step under way runs
         self._joining: list[str] = []
         self._mixes = self._pass(self._mixed_room(prefill_tokens))
-        self._chooser = _Chooser(accelerator, self.outputs, self.cells)
+        self._chooser = Chooser(accelerator, self.outputs, self.cells)
         self.graphs = Graphs(accelerator)
         self.rows = DecodeRows(
             sequences, kv, kernels.cut_narrow,
@@ -262,8 +137,8 @@ class DecodeLane:
             return False
         return True
 
-    def step(self, ids: tuple[str, ...], stream: Stream, units: int, order: Order) -> Launch:
-        """One token for each of `ids`."""
+    def step(self, ids: tuple[str, ...], stream: Stream, units: int, order: Order) -> list[Launch]:
+        """One token for each of `ids`; a second launch, if there is one, when `masks` is complete."""
         each, rows, self._joining = self._steps, self.rows, []
         work = rows.choose(ids, units)
         count, spare = len(rows), (self._spare_page, self.cells.spare)
@@ -278,16 +153,25 @@ class DecodeLane:
         if count < extent.tokens:
             pad(host, table, count, extent.tokens, spare)
         self._filled, self._opened = None, False
-        choose = self._chooser.ask(rows.ids, rows.states, host, each, rows.order)
+        choice = self._chooser.ask(rows.ids, rows.states, host, each, rows.order)
         touches = self._touches(each, host, extent, np.zeros(0, np.int64))
         run = Work("decode", _nothing, touches, count, self._layers)
 
         def launch() -> None:
             each.buffers.send(stream, extent.sequences)
             self._accelerator.replay(stream, graph, run)
-            choose(stream, units)
+            choice.begin(stream, units)
 
-        return launch
+        return [launch, lambda: choice.finish(stream, units)] if choice.waits else [launch]
+
+    @property
+    def masks(self) -> FormMasks:
+        """Of the pass under way."""
+        return self.outputs.masks
+
+    def rehearse(self, stream: Stream, units: int) -> None:
+        """Compile what no captured step runs."""
+        self._chooser.rehearse(stream, units, self._steps)
 
     def _fill_ahead(self, work: DecodeWork) -> dict[str, Array]:
         """Write what the rows that stand there and their work say into a host block."""
@@ -333,8 +217,8 @@ class DecodeLane:
 
     def mixed(
         self, chunks: Sequence[PrefillChunk], ids: tuple[str, ...], stream: Stream, units: int, order: Order
-    ) -> Launch:
-        """A token for each of `ids`, and the chunks' rows, in one pass; firsts come after the others."""
+    ) -> list[Launch]:
+        """A token for each of `ids`, and the chunks' rows, in one pass; firsts come after the others. As `step`."""
         chunk_tokens = sum(chunk.tokens for chunk in chunks)
         self._make_room(chunk_tokens)
         each, count = self._mixes, len(ids)
@@ -364,7 +248,7 @@ class DecodeLane:
         _pad_tokens(host, count + chunk_tokens, extent.tokens)
         firsts = self._fill_samples(host, chunks, finishing, count, extent.samples)
         states = self.rows.states + [self._sequences[chunk.request_id] for chunk in finishing]
-        choose = self._chooser.ask(ids + firsts, states, host, each)
+        choice = self._chooser.ask(ids + firsts, states, host, each)
         touches = self._touches(each, host, extent, pages)
         step = _nothing if captured else each.step(extent, units)
         run = Work("mixed", step, touches, count + chunk_tokens, self._layers)
@@ -376,9 +260,9 @@ class DecodeLane:
                 self._accelerator.replay(stream, graph, run)
             else:
                 self._accelerator.launch(stream, run)
-            choose(stream, units)
+            choice.begin(stream, units)
 
-        return launch
+        return [launch, lambda: choice.finish(stream, units)] if choice.waits else [launch]
 
     @property
     def states(self) -> list[SequenceState]:
@@ -473,7 +357,7 @@ class PrefillLane:
         self._pages = -(-model.max_context // kv.page_tokens)
         self.outputs = Outputs(accelerator, Lane.PREFILL, model, bucket_of(self._rows), accelerator.units)
         self._passes = [self._pass(prefill_tokens) for _ in range(MOST_PREFILLS)]
-        self._chooser = _Chooser(accelerator, self.outputs, self._cells)
+        self._chooser = Chooser(accelerator, self.outputs, self._cells)
         self._batches: dict[int, _Batch] = {}
         self.requests = 0
 
@@ -570,7 +454,7 @@ class PrefillLane:
             host["sample_rows"][: len(finishing)] = ends[finishing]
             fill_cells(host, 0, batch.ids, self._cells, self._sequences)
             states = [self._sequences[request_id] for request_id in batch.ids]
-            batch.choose = self._chooser.ask(batch.ids, states, host, each)
+            batch.choice = self._chooser.ask(batch.ids, states, host, each)
             each.buffers.send(stream, len(batch.chunks))
 
         return launch
@@ -625,8 +509,15 @@ class PrefillLane:
 
             touches = each.touches(kv_cells(none), kv_cells(none), token_cells(cells[cells >= 0]))
             self._accelerator.launch(stream, Work("first tokens", run, lambda: touches, len(batch.ids)))
-            assert batch.choose is not None
-            batch.choose(stream, units)
+            choice, masks = batch.choice, self.outputs.masks
+            assert choice is not None
+            choice.begin(stream, units)
+            if (
+                choice.waits
+            ):  # at once: what may begin an output is known, only preempted ones are at another place
+                while not masks.complete:
+                    masks.fill_next()
+                choice.finish(stream, units)
 
         return launch
 
@@ -667,7 +558,7 @@ class _Batch:
     cut_for: int = 0
     hidden: Tensor | None = None
     ids: tuple[str, ...] = ()
-    choose: Callable[[Stream, int], None] | None = None
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True, slots=True)

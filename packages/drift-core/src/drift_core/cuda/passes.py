@@ -21,6 +21,7 @@ from torch import Tensor
 from drift_core.cuda.buffers import PassBuffers, Room
 from drift_core.cuda.device import Accelerator, Cells, Graph, Place, Stream, Touches, Work
 from drift_core.cuda.kernels import Draws, Kernels
+from drift_core.cuda.masks import FormMasks
 from drift_core.model.decoder import Decoder, KvCache
 from drift_kernels.inputs import AttentionInputs
 from drift_scheduler.domain import Lane
@@ -54,6 +55,7 @@ class Outputs:
         self.host_tokens = accelerator.pinned((samples,), torch.int64)
         self.chosen: npt.NDArray[np.int64] = self.host_tokens.numpy()
         self.scratch = model.kernels.scratch(accelerator, lane, samples, units)
+        self.masks = FormMasks(accelerator, samples, model.config.vocab_size, lane)
         self._accelerator, self._vocab = accelerator, model.config.vocab_size
         self._host_logits: Tensor | None = None
 
@@ -142,8 +144,15 @@ class Pass:
         self.outputs.logits[:count].copy_(decoder.ops.linear(normed, weights.head))
         self._choose(count, None, num_sms)
 
-    def draw(self, count: int, num_sms: int) -> None:
-        """Choose again, each row as the buffers say: temperature, filters, seed."""
+    def choose_again(self, count: int, num_sms: int, *, drawn: bool, formed: int) -> None:
+        """Forbid what the first `formed` masks say, then choose: if `drawn` as the buffers say, with temperature,
+        filters and seed of each row, else the likeliest."""
+        if formed:
+            masks, logits = self.outputs.masks, self.outputs.logits[:count]
+            self.model.kernels.mask(logits, masks.picked[:formed], masks.words[:formed], num_sms)
+        if not drawn:
+            self._choose(count, None, num_sms)
+            return
         tensor = self.buffers.tensor
         rows = Draws(
             *(tensor(name)[:count] for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "drawn"))
