@@ -239,8 +239,12 @@ def main() -> None:
     line = f"gateway {number}: %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=line)
     address = Address(options.address.host, port)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        sys.exit(runner.run(_serve(options, number, address, end, at_once)))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            sys.exit(runner.run(_serve(options, number, address, end, at_once)))
+    except DriftError as error:  # the files that it reads have changed since the service was started
+        log.error("%s", error)
+        sys.exit(EXIT_STATUS_TROUBLE)
 
 
 if __name__ == "__main__":
