@@ -42,6 +42,7 @@ def checks() -> dict[str, float]:
         "rotary": kernels._rotary(torch, 64, half),
         "silu": kernels._silu(torch, half),
         "sampling": kernels._sampling(torch, rows=12, vocab=300),
+        "masks": kernels._masks(torch, rows=12, vocab=320),
     }
 
 

@@ -1,6 +1,6 @@
 """Run as a script with TRITON_INTERPRET=1: the CUDA executor with its Triton kernels on the stub device.
 
-Everything of a GPU's engine but the GPU: decode steps, mixed passes, prefill blocks and draws go through the
+Everything of a GPU's engine but the GPU: decode steps, mixed passes, prefill blocks, draws and masks go through the
 real launches, over the executor's own buffers and lists of work. Prints each policy's tokens beside those of
 the torch specification, and what the stub saw.
 """
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(ROOT / "packages" / "drift-kernels" / "tests" / "triton")]
 
 import cuda_world as world  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bf16_interpreter import corrected  # noqa: E402
 
@@ -48,6 +49,36 @@ class Splits(world.Splits):
         return MENU
 
 
+class Alternating:
+    """A form without a library: even tokens and odd ones in turn."""
+
+    complete, fault, ends = False, None, ()
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def bits(self) -> Any:
+        return np.full(-(-MODEL.vocab_size // 32), (0x55555555, -0x55555556)[self._turn % 2], np.int32)
+
+    def accept(self, token: int) -> None:
+        assert token % 2 == self._turn % 2, f"token {token} at an {('even', 'odd')[self._turn % 2]} place"
+        self._turn += 1
+
+
+class Forming:
+    """An executor that holds the last request's output to a form."""
+
+    def __init__(self, inner: CudaExecutor) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def arrive(self, request: Any, params: SamplingParams) -> None:
+        matcher: Any = Alternating() if request.id == "r2" else None
+        self._inner.arrive(request, params, matcher)
+
+
 def executor(made: Any, dtype: torch.dtype) -> CudaExecutor:
     """Over `made` kernels."""
     sequences = SequenceTable()
@@ -77,8 +108,9 @@ def main() -> None:
             tokens = []
             for made in (kernels.TritonKernels(shape, 90, dtype), kernels.ReferenceKernels(shape)):
                 engine = executor(made, dtype)
-                tokens.append(world.run(engine, load, policy, max_running=4))
+                tokens.append(world.run(Forming(engine), load, policy, max_running=4))
                 assert isinstance(engine.accelerator, StubDevice)
+                assert "mask" in {name for name, *_ in engine.accelerator.log}
                 print(policy, "faults", engine.accelerator.faults)
             print(policy, "same", tokens[0] == tokens[1], tokens)
 

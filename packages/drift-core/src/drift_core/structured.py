@@ -108,7 +108,8 @@ class Matcher:
         self._inner = inner
         self.ends = list(vocabulary.eos_token_ids)
         self._size = vocabulary.vocab_size
-        self._bits, self._allowed = first or (None, None)
+        self._bits: Bits | None = first[0] if first is not None else None
+        self._allowed: Allowed | None = first[1] if first is not None else None
         self.fault: str | None = None
         """Why the form cannot be followed any further, once that is so."""
 
