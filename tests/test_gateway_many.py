@@ -471,6 +471,28 @@ def test_however_the_service_ends_no_process_is_left(how: signal.Signals) -> Non
         wait_until(lambda: not any(alive(pid) for pid in started))
 
 
+def test_one_that_is_started_again_while_the_service_drains_drains_too(shared: Service) -> None:
+    async def drain() -> None:
+        async with admin_of(shared) as admin:
+            await admin.Drain(admin_pb2.DrainRequest(timeout_ms=0))
+
+    async def body(found: dict[int, AsyncDriftClient]) -> None:
+        with pytest.raises(api.Unavailable, match="drains"):
+            await generate(found[1], [1], 3).complete()
+        async with admin_of(shared) as admin:
+            await admin.Resume(admin_pb2.ResumeRequest())
+        for client in found.values():
+            while (await client.server_info()).readiness != info_pb2.READINESS_READY:
+                await asyncio.sleep(0.02)
+        await generate(found[1], [1], 3).complete()
+
+    asyncio.run(drain())
+    killed = shared.gateway_pid(1)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: not alive(killed))
+    run(shared, body)
+
+
 # ------------------------------------------------------------------------------------------ limits
 
 
@@ -527,6 +549,27 @@ def test_a_number_of_gateways_that_makes_no_sense() -> None:
     result = CliRunner().invoke(serve_command, ["--gateways", "0"])
     assert result.exit_code == 2
     assert "'--gateways': 0 is not in the range 1<=x<=64" in " ".join(result.output.split())
+
+
+def test_what_one_of_the_processes_could_not_do_is_said_before_any_is_started() -> None:
+    command = [sys.executable, "-m", "drift_gateway", "serve", "--device", "simulated", "--gateways", "2"]
+    command += ["--listen", "127.0.0.1:0", "--access-log", "/no/such/folder/access.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert done.returncode == 2
+    assert "/no/such/folder/access.jsonl" in done.stderr.strip().splitlines()[-1]
+
+
+def test_ended_while_it_starts_no_process_is_left() -> None:
+    command = [sys.executable, "-m", "drift_gateway", "serve", "--device", "simulated", "--gateways", "2"]
+    with subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_until(lambda: len(children(process.pid)) == GATEWAYS + 1)
+        started = children(process.pid)
+        process.terminate()
+        process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0
+    wait_until(lambda: not any(alive(pid) for pid in started))
 
 
 def test_systems_that_cannot_share_ports_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
