@@ -99,6 +99,8 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
             served = started.result()
         garbage.settle()
         display.summarise(served, Address(options.address.host, gateway.port), options.security)
+        if options.gateways > 1:
+            console.print(f"{options.gateways} gateway processes share the port", highlight=False)
         if options.http is not None:
             pages_at = Address(options.http.host, pages.port)
             console.print(
