@@ -8,7 +8,10 @@ measured by `bench/gpu.py`.
 Two numbers per count of running requests. *Gap*: from the moment a finished step is seen to the moment the
 next one is launched, when the device has nothing to decode; the bound aimed for is 300 us at 128. *Total*: the
 gap and what is prepared while the device runs. Each twice: *steady*, the same requests step after step, and
-*changing*, one ending and another joining about every other step.
+*changing*: outputs of 100 to 400 tokens, each that ends replaced by a new request of 200 to 1500 prompt tokens. At 128
+running that is half a request ending, half a prompt launched and half a request joining per step, about what ShareGPT's
+outputs (195 tokens in the mean) make of a full batch; how many it were is in the table, and steps by what changed in
+them are in the JSON.
 
 Nothing but time differs between runs, so on a machine with other work `--repeats N` takes each step's least
 time over N runs.
@@ -17,7 +20,9 @@ time over N runs.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import platform
 import random
 import statistics
@@ -133,6 +138,9 @@ class Watch:
         self._executor, self._running, self._left = executor, running, steps
         self._seen = self._spent = 0.0
         self._decoding = 0
+        self._before: tuple[str, ...] = ()
+        self.changes: list[tuple[int, int, bool]] = []
+        """Of each step: requests that left and joined since the one before, whether a prefill began with it."""
         self._submit, self._wait = executor.submit, executor.wait
         self._news = executor._news
         executor.submit = self.submit  # type: ignore[method-assign]
@@ -150,6 +158,8 @@ class Watch:
         self._submit(gang)
         if gang.decode is not None:
             now = CLOCK()
+            before, ids = set(self._before), gang.decode.request_ids
+            self._before = ids
             if len(gang.decode.request_ids) >= 0.9 * self._running and self._decoding:
                 launched = self._executor.times.spent.get("launch decode")
                 after = self._executor.times.spent["submit"][-1] - launched[-1] if launched else 0.0
@@ -157,6 +167,8 @@ class Watch:
                 spent = self._executor.times.spent
                 beside = sum(sum(spent.pop(name, ())) for name in ("prepare", "settle"))
                 self.totals.append(now - self._seen + beside)
+                left, joined = len(before.difference(ids)), len(set(ids) - before)
+                self.changes.append((left, joined, gang.prefill is not None))
                 self._left -= 1
             self._decoding += 1
 
@@ -174,18 +186,35 @@ def measure(
     changing: bool = True,
     sampling: SamplingParams = GREEDY,
     repeats: int = 1,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Times of decoding `running` requests, each step's the least over the repeats."""
     watches = [run(running, steps, policy, changing, sampling) for _ in range(repeats)]
     gaps = [min(times) for times in zip(*(watch.gaps for watch in watches), strict=True)]
     totals = [min(times) for times in zip(*(watch.totals for watch in watches), strict=True)]
+    changes = watches[0].changes
+    kinds: dict[str, list[float]] = {}
+    for gap, change in zip(gaps, changes, strict=True):
+        kinds.setdefault(_described(change), []).append(gap)
     return {
         "steps": len(gaps),
+        "left_per_step": statistics.mean(left for left, _, _ in changes),
+        "joined_per_step": statistics.mean(joined for _, joined, _ in changes),
+        "prefills_begun_per_step": statistics.mean(begun for _, _, begun in changes),
         "gap_us_p10": _quantile(gaps, 0.1) * 1e6,
         "gap_us_p50": statistics.median(gaps) * 1e6,
         "gap_us_p90": _quantile(gaps, 0.9) * 1e6,
         "total_us_p50": statistics.median(totals) * 1e6,
+        "by_change": {
+            kind: {"steps": len(times), "gap_us_p50": statistics.median(times) * 1e6}
+            for kind, times in sorted(kinds.items())
+        },
     }
+
+
+def _described(change: tuple[int, int, bool]) -> str:
+    left, joined, begun = change
+    named = (("left", left), ("joined", joined), ("prefill begun", begun))
+    return ", ".join(name for name, there in named if there) or "nothing"
 
 
 def run(running: int, steps: int, policy: str, changing: bool, sampling: SamplingParams) -> Watch:
@@ -202,6 +231,8 @@ def run(running: int, steps: int, policy: str, changing: bool, sampling: Samplin
         Limits(max_running=running),
     )
     watch = Watch(executor, running, steps)
+    gc.collect()
+    gc.freeze()  # as the engine does
     made = 0
 
     def arrive(output: int) -> None:
@@ -221,6 +252,7 @@ def run(running: int, steps: int, policy: str, changing: bool, sampling: Samplin
     for _ in range(running):
         arrive(draw.randint(5, 400) if changing else 4000)
     serve(scheduler, executor, deliver)
+    gc.unfreeze()
     return watch
 
 
@@ -244,7 +276,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     sampling = DRAWN if options.sampled else GREEDY
-    print(f"{'running':>8}{'':>10}{'gap p10':>10}{'p50':>8}{'p90':>8}{'total p50':>12}  us")
+    print(f"{'running':>8}{'':>10}{'left/step':>10}{'gap p10':>10}{'p50':>8}{'p90':>8}{'total p50':>12}  us")
     for count in options.running:
         for name, changing in (("steady", False), ("changing", True)):
             row = measure(
@@ -253,11 +285,15 @@ def main() -> None:
             )  # fmt: skip
             found[f"{count} {name}"] = row
             print(
-                f"{count:>8}{name:>10}{row['gap_us_p10']:>10.0f}{row['gap_us_p50']:>8.0f}{row['gap_us_p90']:>8.0f}"
+                f"{count:>8}{name:>10}{row['left_per_step']:>10.2f}{row['gap_us_p10']:>10.0f}"
+                f"{row['gap_us_p50']:>8.0f}{row['gap_us_p90']:>8.0f}"
                 f"{row['total_us_p50']:>12.0f}"
             )
     if options.json:
-        report = {"schema": "drift.bench.host-step/1", "python": platform.python_version(), "running": found}
+        report = {
+            "schema": "drift.bench.host-step/1", "python": platform.python_version(), "cpus": os.cpu_count(),
+            "dispatch": options.dispatch, "sampled": options.sampled, "repeats": options.repeats, "running": found,
+        }  # fmt: skip
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -34,6 +34,7 @@ class DecodeRows:
         self.tbt_max: FloatArray = np.zeros(capacity)
         self.late: IntArray = np.zeros(capacity, np.int64)
         self._to_limit = 0  # no row gets to its limit in fewer tokens than that; nothing is known at 0
+        self._names: list[str] = []
         self._ids: tuple[str, ...] | None = ()
         self._tightest: float | None = None
 
@@ -43,6 +44,7 @@ class DecodeRows:
             self._grow()
         row = self.n
         self.tracked.append(tracked)
+        self._names.append(tracked.request.id)
         self.context[row] = tracked.known
         self.capacity[row] = capacity
         self.limit[row] = limit
@@ -69,8 +71,10 @@ class DecodeRows:
             for array in self._arrays():
                 array[row] = array[last]
             self.tracked[row] = moved
+            self._names[row] = self._names[last]
             moved.row = row
         self.tracked.pop()
+        self._names.pop()
         self.n = last
         self._changed()
         return gone
@@ -110,7 +114,7 @@ class DecodeRows:
     def step(self) -> DecodeStep:
         """One token for every row."""
         if self._ids is None:
-            self._ids = tuple([t.request.id for t in self.tracked])
+            self._ids = tuple(self._names)
         return DecodeStep(self._ids, int(self.context[: self.n].sum()))
 
     @property

@@ -178,7 +178,7 @@ class DecodeLane:
         buffers = self._steps.buffers
         host = buffers.reopen() if self._opened else buffers.open()
         self._opened, self._filled = True, work
-        self.rows.fill_ahead(host)
+        self.rows.fill_ahead(host, buffers.table(host))
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         return host
 

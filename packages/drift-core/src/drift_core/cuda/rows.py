@@ -200,10 +200,10 @@ class DecodeRows:
 
     def fill(self, host: dict[str, Array], table: Table, spare: tuple[int, int]) -> None:
         """Write tokens and sequences 0..B-1. spare: (page, cell) of what belongs to nobody and goes nowhere."""
-        self.fill_ahead(host)
+        self.fill_ahead(host, table)
         self.fill_rest(host, table, spare)
 
-    def fill_ahead(self, host: dict[str, Array]) -> None:
+    def fill_ahead(self, host: dict[str, Array], table: Table) -> None:
         """Write what is known before the step that runs has ended."""
         count = len(self.states)
         context, cells = self._context[:count], self._cells[:count]
@@ -213,6 +213,7 @@ class DecodeRows:
         host["slots"][:count] = self._slots[:count]
         host["sample_cells"][:count] = cells
         self._turned.clear()
+        self._fill_table(host, table, count)
 
     def fill_rest(self, host: dict[str, Array], table: Table, spare: tuple[int, int]) -> None:
         """Write what is not: tokens chosen on the host, pages newly reached, who has left."""
