@@ -1,10 +1,12 @@
-"""Is `drift` ever beaten? `nox -s bench -- contest`, options `[SCENARIO.toml] [--jobs N] [--resume PATH] [--json PATH]
-[--write PATH]`.
+"""Is `drift` ever beaten? `nox -s bench -- contest`, options `[SCENARIO.toml] [--jobs N] [--resume PATH]
+[--rivals PATH] [--json PATH] [--write PATH]`.
 
 On every cell of bench/grid-full.toml: the goodput of `drift` and of chunked prefill with its best token budget; then
 each other policy of one device, chunked prefill with every budget included, is asked whether it holds at 1 / 0.98 of
 `drift`'s rate, and searched further if it does. That costs one short trial a rival where `drift` is not beaten, and so
-the whole grid takes an hour on two cores where full searches take most of a day. Writes docs/goodput.md on request.
+the whole grid takes an hour on two cores where full searches take most of a day. Where only `drift` has changed since
+an earlier run, `--rivals` takes what that run found of the others: it stays true, and only a bar that is lower now is
+asked about again. Writes docs/goodput.md on request.
 """
 
 from __future__ import annotations
@@ -46,19 +48,28 @@ def rivals(policies: Sequence[str]) -> list[str]:
 
 
 def contest(
-    cell: Cell, policies: Sequence[str], registry: Registry
+    cell: Cell, policies: Sequence[str], registry: Registry, earlier: Row | None = None
 ) -> Generator[Sequence[Trial], Sequence[Outcome], Row]:
-    """One cell's row: `drift`, tuned chunked prefill, and whoever is above `drift` by more than the share forgives."""
+    """One cell's row: `drift`, tuned chunked prefill, and whoever is above `drift` by more than the share forgives.
+
+    `earlier`: the cell's row of a run with another `drift`.
+    """
     scenario = replace(cell.scenario, seed=cell.plan.seeds[0])
     ours = yield from seed_search(replace(scenario, dispatch="drift"), cell.plan, cell.start)
-    tuned = yield from policy_search(
-        registry, replace(scenario, dispatch="chunked-prefill"), cell.plan, cell.start, with_report=False
-    )
-    best, rate = tuned.dispatch, tuned.rate
+    if earlier is None:
+        tuned = yield from policy_search(
+            registry, replace(scenario, dispatch="chunked-prefill"), cell.plan, cell.start, with_report=False
+        )
+        best, rate = tuned.dispatch, tuned.rate
+    else:
+        best, rate = earlier["chunked_dispatch"], earlier["chunked"]
+    chunked_dispatch, chunked = best, rate
     above: dict[str, float] = {}
     for rival in rivals(policies):
-        if rival == tuned.dispatch:
+        if rival == chunked_dispatch:
             continue
+        if earlier is not None and not earlier["above"] and ours.rate >= earlier["drift"]:
+            continue  # asked at a bar no higher than today's, it did not hold
         bar = max(rate, ours.rate / SHARE)
         found = yield from seed_search(
             replace(scenario, dispatch=rival), cell.plan, cell.start, at_least=bar, near=bar or None
@@ -70,8 +81,8 @@ def contest(
         "cell": cell.key,
         "drift": ours.rate,
         "limited_by": ours.reason,
-        "chunked": tuned.rate,
-        "chunked_dispatch": tuned.dispatch,
+        "chunked": chunked,
+        "chunked_dispatch": chunked_dispatch,
         "best_other": best,
         "best_other_rate": rate,
         "above": above,
@@ -197,13 +208,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="only cells whose name holds this")
     parser.add_argument("--resume", type=Path, help="keep rows there, and go on from those of a broken run")
+    parser.add_argument("--rivals", type=Path, help="rows of a run since which no other policy has changed")
     parser.add_argument("--known", action="store_true", help="run nothing: write what --resume holds")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, help="the page")
     options = parser.parse_args(arguments)
     registry = load(installed=False)
     grid = read_grid(options.scenario, registry)
-    known = read_rows(options.resume)
+    known, earlier = read_rows(options.resume), read_rows(options.rivals)
     begun = time.monotonic()
 
     def done(name: str, row: Row) -> None:
@@ -219,7 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file.write(json.dumps(row) + "\n")
 
     wanted = [cell for cell in grid.cells if options.only in cell.key]
-    searches = {c.key: contest(c, grid.file.policies, registry) for c in wanted if c.key not in known}
+    searches = {
+        c.key: contest(c, grid.file.policies, registry, earlier.get(c.key))
+        for c in wanted
+        if c.key not in known
+    }
     if searches and not options.known:
         run_searches(searches, options.jobs, registry, on_done=done)
     rows = [known[cell.key] for cell in wanted if cell.key in known]

@@ -71,6 +71,7 @@ class Picture:
     sharings: frozenset[Sharing] = EVERY
     prefills: tuple[PrefillBatch, ...] = ()
     free_pages: int = 1_000_000
+    total_pages: int = 1_000_000
     max_running: int = 64
     num_running: int = 1
     num_decoding: int = 1
@@ -120,6 +121,33 @@ def test_a_loose_target_gets_the_chunk_that_pays_and_not_the_largest_that_fits()
     assert gang.prefill is not None
     assert gang.prefill.shape().new_tokens == 256
     assert gang.decode is not None
+
+
+@pytest.mark.parametrize(
+    ("ttft", "room", "tokens"),
+    [
+        (10.0, {}, 256),  # 0.8 s of prefill in 10 s can wait for the chunk that pays
+        (1.0, {}, 4096),  # in 1 s it cannot
+        (0.81, {}, 4096),
+        (1.0, {"num_running": 64}, 256),  # no slot, or no page, for what prefill would bring to decode
+        (1.0, {"free_pages": 0}, 256),
+    ],
+)
+def test_a_burst_that_needs_the_device_gets_large_chunks_while_there_is_room(
+    ttft: float, room: dict[str, int], tokens: int
+) -> None:
+    burst = [prompt("long", 4096, ttft)] + [prompt(f"p{i}", 904, ttft + i / 1e6) for i in range(40)]
+    gang = choose(Picture(burst, **room), Reckoned(mixed=0.002))  # type: ignore[arg-type]
+    assert gang.sharing is Sharing.FUSED
+    assert gang.prefill is not None
+    assert gang.prefill.shape().new_tokens == tokens
+
+
+def test_prompts_that_are_lost_anyway_make_no_burst() -> None:
+    lost = [prompt(f"lost{i}", 4096, ttft=0.01) for i in range(20)]
+    gang = choose(Picture([prompt("new", 4096), *lost]), Reckoned(mixed=0.002))
+    assert gang.prefill is not None
+    assert gang.prefill.shape().new_tokens == 256
 
 
 @pytest.mark.parametrize(("target", "tokens"), [(0.0062, 256), (0.0056, 192)])
@@ -209,6 +237,9 @@ def test_free_work_is_no_division_by_zero() -> None:
     [
         ({"prefill_weight": 0.0}, "prefill_weight"),
         ({"prefill_weight": float("nan")}, "prefill_weight"),
+        ({"urgent_weight": 1.0}, "urgent_weight"),
+        ({"urgent_weight": float("nan")}, "urgent_weight"),
+        ({"prefill_weight": 20.0}, "urgent_weight"),
         ({"margin": 1.5}, "margin"),
         ({"hysteresis": -0.1}, "hysteresis"),
         ({"scan": 0}, "scan"),

@@ -139,6 +139,11 @@ class LiveView:
         return max(0, self._s.kv.free_pages - self._s.headroom)
 
     @property
+    def total_pages(self) -> int:
+        """Pages in all."""
+        return self._s.kv.total_pages
+
+    @property
     def max_running(self) -> int:
         """Most requests that may hold pages."""
         return self._s.limits.max_running

@@ -85,6 +85,10 @@ class View(Protocol):
         """Unreferenced KV pages, less the headroom kept for decoding requests."""
 
     @property
+    def total_pages(self) -> int:
+        """KV pages in all, at least one."""
+
+    @property
     def max_running(self) -> int:
         """Most requests that may hold pages at once."""
 

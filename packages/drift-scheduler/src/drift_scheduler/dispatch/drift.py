@@ -8,7 +8,9 @@ none is made: the sharing in use is kept unless another is clearly better.
 Work is counted in solo seconds, what it would take alone on the whole device, of both phases: prefill progress alone
 would fill a loose target with prompt tokens that hardly gain from being fused, while requests pile up in decode until
 no more fit. Prefill counts somewhat more (`prefill_weight`), because a first token ends a wait and makes every later
-decode step carry one more.
+decode step carry one more; and a lot more (`urgent_weight`) when first tokens are due that need all of the device to be
+in time, which is how a burst passes. Slots and pages bound that: as they run out, prompts wait for requests to end and
+not for prefill.
 
 The prefill queue is served by earliest TTFT deadline, which serves every prompt in time if any order does. Requests
 that cannot make it any more by their uncached work go last, shortest first, so that one lost cause does not sink those
@@ -18,7 +20,7 @@ of them late.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
@@ -66,7 +68,7 @@ class DriftPolicy:
     """`max_batch_tokens`: uncomputed tokens after which a prefill batch is full. `scan`: queued requests weighed at a
     time. `hysteresis`: by how much another sharing must be better to displace the one in use. `margin`: share
     of a TBT target that estimates may use. `prefill_weight`: what a second of prefill work counts against one of decode
-    work."""
+    work; `urgent_weight`, not less: what it counts when the queue needs the whole device to keep its TTFT targets."""
 
     def __init__(
         self,
@@ -75,6 +77,7 @@ class DriftPolicy:
         hysteresis: float = 0.05,
         margin: float = 0.99,
         prefill_weight: float = 1.25,
+        urgent_weight: float = 10.0,
     ) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
         self._scan = positive("scan", scan)
@@ -86,7 +89,14 @@ class DriftPolicy:
             raise OptionError(
                 f"option 'prefill_weight' is {prefill_weight!r}, need a number above 0 and at most 100"
             )
+        if not prefill_weight <= urgent_weight <= 1000:
+            raise OptionError(
+                f"option 'urgent_weight' is {urgent_weight!r}, need a number from prefill_weight "
+                f"({prefill_weight!r}) to 1000"
+            )
         self._weight = prefill_weight
+        self._urgent = urgent_weight
+        self._load = 0.0  # share of the device that the queue needs to keep its TTFT targets
         self._keep = 1.0 + hysteresis
         self._margin = margin
         self._last: Sharing | None = None
@@ -115,16 +125,17 @@ class DriftPolicy:
     ) -> Gang | None:
         slack = float(view.tbt_slack().min())
         target = view.tbt_target * self._margin
+        weight = self._weigh_prefill(view)
         options: list[Option] = []
         if Sharing.SPATIAL in view.device.sharings and view.device.splits():
-            options.append(_spatial(view, costs, partitions, batch, step, target, self._weight))
+            options.append(_spatial(view, costs, partitions, batch, step, target, weight))
         if Sharing.FUSED in view.device.sharings and batch.next_layer == 0 and not view.prefills:
             budget = min(slack * self._margin, target)
-            fused = _fused(view, costs, batch, step, budget, self._weight)
+            fused = _fused(view, costs, batch, step, budget, weight)
             if fused is not None:
                 options.append(fused)
         if Sharing.TEMPORAL in view.device.sharings:
-            temporal = _temporal(view, costs, batch, step, target, self._weight)
+            temporal = _temporal(view, costs, batch, step, target, weight)
             if temporal is not None:
                 options.append(temporal)
         if not options:
@@ -135,6 +146,13 @@ class DriftPolicy:
             # It would keep the target from the second token on; a step of decode alone makes up for what was spent.
             return exclusive_decode(view)
         return best.gang
+
+    def _weigh_prefill(self, view: View) -> float:
+        """What prefill work counts now: more from where the queue needs half of the device, for as long as there is
+        room for what it would bring to decode."""
+        urgency = min(1.0, max(0.0, 2.0 * self._load - 1.0))
+        room = min(1.0 - view.num_running / view.max_running, view.free_pages / view.total_pages)
+        return self._weight + (self._urgent - self._weight) * urgency * max(0.0, room)
 
     def _rank(self, option: Option) -> tuple[bool, float]:
         kept = option.gang.sharing is self._last
@@ -158,6 +176,7 @@ class DriftPolicy:
             late = waiting.deadline < view.now + took
             ranked.append((late, took if late else waiting.deadline, order, took, waiting))
         ranked.sort(key=lambda item: item[:3])
+        self._load = _load(view, costs, [(*item[3:], item[1]) for item in ranked if not item[0]])
         chunks: list[PrefillChunk] = []
         tokens, pages = 0, view.free_pages
         for _, _, _, _, waiting in ranked:
@@ -249,6 +268,25 @@ def _fused(
     block = next_block(new_batch(chunks), view.device.num_layers)
     gang = Gang(Sharing.FUSED, view.device.all_decode, prefill=block, decode=step)
     return Option(gang, speedup, True, seconds(tokens))
+
+
+def _load(view: View, costs: CostModel, queue: Sequence[tuple[float, Waiting, float]]) -> float:
+    """Share of the device that prefill needs from now on to give each of these its first token in time; at most 1
+    where all can be. `queue`: seconds alone, prompt, deadline (ahead of now), earliest deadline first.
+
+    That of the hardest deadline: the work due until then over the time until then. Prompts share passes, so that they
+    take less together than one after another.
+    """
+    if not queue:
+        return 0.0
+    shape = PrefillShape.of([(waiting.uncomputed, waiting.computed) for _, waiting, _ in queue])
+    alone = sum(took for took, _, _ in queue)
+    shared = costs.prefill(shape, view.device.total_units) / alone if alone > 0 else 1.0
+    work, load = 0.0, 0.0
+    for took, _, deadline in queue:
+        work += took * shared
+        load = max(load, _per(work, deadline - view.now))
+    return load
 
 
 def _sizes(most: int) -> list[int]:
