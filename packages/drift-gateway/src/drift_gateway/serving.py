@@ -73,7 +73,9 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         if isinstance(gateway, Fleet):
             gateway.starting(frame)
 
-    supervisor = Supervisor(spawn, on_starting=news, hang_timeout=operations.hang_timeout)
+    supervisor = Supervisor(
+        spawn, on_starting=news, hang_timeout=operations.hang_timeout, forms=options.gateways == 1
+    )
     gateway, recorders = _front(options, supervisor, security)
     await gateway.open(options.address)
     pages = HttpPort()

@@ -152,7 +152,7 @@ class Supervisor:
 
     `on_change` is called after every change of `state`, `on_starting` for every piece of news of a start-up.
     `hang_timeout`: seconds without a sign of life after which a ready engine counts as hung, and is started again.
-    `patience`: seconds that the engine gets to end in order.
+    `patience`: seconds that the engine gets to end in order. `forms`: whether outputs are held to forms here.
     """
 
     def __init__(
@@ -162,6 +162,7 @@ class Supervisor:
         backoff: Backoff = Backoff(),
         hang_timeout: float = DEFAULT_HANG_TIMEOUT,
         patience: float = ORDERLY_END_S,
+        forms: bool = True,
     ) -> None:
         self.engine_state = State.STARTING
         self.draining = False
@@ -188,6 +189,7 @@ class Supervisor:
         self._backoff = backoff
         self._hang_timeout = hang_timeout
         self._patience = patience
+        self._forms = forms
         self._watching: asyncio.Task[None] | None = None
         self._submissions: dict[str, Submission] = {}
         self._client: EngineClient | None = None
@@ -211,7 +213,8 @@ class Supervisor:
                 raise EngineGone(f"the engine process ended while starting: {ended.result()}")
             facts = await self._explained(ready, process)
             tokenizer = await asyncio.to_thread(load_tokenizer, facts.directory)
-            await asyncio.to_thread(FORMS.learn, tokenizer, facts)
+            if self._forms:
+                await asyncio.to_thread(FORMS.learn, tokenizer, facts)
         except BaseException:
             ready.cancel()
             await self._end_engine()
