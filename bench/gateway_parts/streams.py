@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import resource
 import sys
@@ -18,17 +17,15 @@ import time
 from array import array
 from typing import Any
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-
-import grpc
 import uvloop
 
 from drift_core.simulated import token_choices, token_ids
 from drift_gateway.v1 import generation_pb2 as pb
-from drift_gateway.v1 import generation_pb2_grpc
+from gateway_parts.calls import Call, Connection
 
 BINS = 20_000
 BIN_S = 0.0002
+GENERATE = "/drift.v1.GenerationService/Generate"
 CHOICES = token_choices(3072, [2])  # the demo model's vocabulary
 
 
@@ -67,15 +64,10 @@ class Driver:
 
     async def run(self) -> dict[str, Any]:
         options = self.options
-        channel_options = (("grpc.use_local_subchannel_pool", 1),)
-        channels = [
-            grpc.aio.insecure_channel(options.target, options=channel_options)
-            for _ in range(options.channels)
-        ]
-        stubs = [generation_pb2_grpc.GenerationServiceStub(channel) for channel in channels]
+        connections = [await Connection.connect(options.target) for _ in range(options.channels)]
         ending = time.monotonic() + options.warm_up + options.seconds
         tasks = [
-            asyncio.create_task(self._keep_streaming(stubs[k % len(stubs)], k, ending))
+            asyncio.create_task(self._keep_streaming(connections[k % len(connections)], k, ending))
             for k in range(options.streams)
         ]
         await asyncio.sleep(options.warm_up)
@@ -83,8 +75,8 @@ class Driver:
         await asyncio.sleep(options.seconds)
         self.counting, seconds, cpu = False, time.monotonic() - begun, _cpu() - cpu
         await asyncio.gather(*tasks)
-        for channel in channels:
-            await channel.close()
+        for connection in connections:
+            connection.close()
         return {
             "seconds": round(seconds, 3),
             "requests": self.requests,
@@ -102,75 +94,100 @@ class Driver:
             "faults": self.faults[:20],
         }
 
-    async def _keep_streaming(self, stub: Any, index: int, ending: float) -> None:
+    async def _keep_streaming(self, connection: Connection, index: int, ending: float) -> None:
         await asyncio.sleep(self.options.warm_up * 0.7 * index / self.options.streams)
         number = 0
         while time.monotonic() < ending:
             # The first is of any length, so that later ones do not begin all at once.
             share = self._random.uniform(0.1, 1.0) if number == 0 else 1.0
-            await self._stream(stub, f"{index}-{number}", max(1, int(self.options.tokens * share)), ending)
+            count = max(1, int(self.options.tokens * share))
+            stream = Stream(self, f"{index}-{number}", count, ending)
+            await stream.run(connection)
             number += 1
 
-    async def _stream(self, stub: Any, name: str, count: int, ending: float) -> None:
-        prompt = [3 + self._random.randrange(3000) for _ in range(self.options.prompt)]
-        expected = token_ids(prompt, 0, CHOICES) if self.options.check_ids else None
+    def prompt(self) -> list[int]:
+        """Random tokens."""
+        return [3 + self._random.randrange(3000) for _ in range(self.options.prompt)]
+
+
+class Stream:
+    """One call: its messages checked and measured as they come."""
+
+    def __init__(self, driver: Driver, name: str, count: int, ending: float) -> None:
+        self._driver, self._name, self._count, self._ending = driver, name, count, ending
+        self._arrival, self._sequence, self._seen, self._last = 0.0, 0, 0, 0.0
+        self._finished: pb.Finished | None = None
+        self._left = False
+        self._expected: Any = None
+        self._call: Call | None = None
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self, connection: Connection) -> None:
+        """From the call to its end."""
+        driver, options, prompt = self._driver, self._driver.options, self._driver.prompt()
+        if options.check_ids:
+            self._expected = token_ids(prompt, 0, CHOICES)
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=prompt),
             sampling=pb.Sampling(seed=0),
-            stopping=pb.Stopping(max_tokens=count, ignore_eos=True),
-            slo=pb.SLO(tbt_ms=self.options.tbt_ms, ttft_ms=60_000),
+            stopping=pb.Stopping(max_tokens=self._count, ignore_eos=True),
+            slo=pb.SLO(tbt_ms=options.tbt_ms, ttft_ms=60_000),
         )
-        asked = time.monotonic()
-        call = stub.Generate(request)
-        arrival, sequence, seen, last = 0.0, 0, 0, 0.0
-        finished: pb.Finished | None = None
-        try:
-            while (message := await call.read()) is not grpc.aio.EOF:
-                now = time.monotonic()
-                if message.HasField("token_delta"):
-                    if not seen and self.counting:
-                        self.first.add(now - asked)
-                    delta = message.token_delta
-                    if delta.sequence != sequence:
-                        self.faults.append(f"{name}: delta {delta.sequence} came, {sequence} was due")
-                    sequence = delta.sequence + 1
-                    seen += len(delta.token_ids)
-                    self.all_messages += 1
-                    self.all_tokens += len(delta.token_ids)
-                    if expected is not None:
-                        for token in delta.token_ids:
-                            if token != next(expected):
-                                self.faults.append(f"{name}: token {token} at {seen} is another one")
-                    if self.counting:
-                        last = self._count(delta.offsets_us, now, arrival, last)
-                elif message.HasField("accepted"):
-                    arrival = message.accepted.arrival_us * 1e-6
-                elif message.HasField("finished"):
-                    if finished is not None:
-                        self.faults.append(f"{name}: finished twice")
-                    finished = message.finished
-                if now > ending and finished is None:
-                    call.cancel()
-                    return
-        except grpc.aio.AioRpcError as error:
-            self.faults.append(f"{name}: {error.code().name} {error.details()}")
-            await asyncio.sleep(0.5)
+        self._asked = time.monotonic()
+        self._call = connection.call(
+            GENERATE, request.SerializeToString(), self._message, lambda: self._done.set_result(None)
+        )
+        await self._done
+        if self._left:
             return
-        self.requests += 1
+        driver.requests += 1
+        finished, seen, count = self._finished, self._seen, self._count
         if finished is None or seen != count or finished.usage.output_tokens != count:
-            self.faults.append(f"{name}: {seen} of {count} tokens")
+            driver.faults.append(f"{self._name}: {seen} of {count} tokens")
+            await asyncio.sleep(0.5)
 
-    def _count(self, offsets: Any, now: float, arrival: float, last: float) -> float:
-        """Note the delay of each token; `last` is that of the stream's previous message."""
-        self.messages += 1
-        self.tokens += len(offsets)
-        delay = last
-        for offset in offsets:
-            delay = now - arrival - offset * 1e-6
-            self.delay.add(delay)
-        if last:  # how much longer than the engine's the gap was before this message
-            self.gap_added.add(max(0.0, now - arrival - offsets[0] * 1e-6 - last) if offsets else 0.0)
-        return delay
+    def _message(self, data: bytes) -> None:
+        now = time.monotonic()
+        message = pb.GenerateResponse.FromString(data)
+        if message.HasField("token_delta"):
+            self._delta(message.token_delta, now)
+        elif message.HasField("accepted"):
+            self._arrival = message.accepted.arrival_us * 1e-6
+        elif message.HasField("finished"):
+            if self._finished is not None:
+                self._driver.faults.append(f"{self._name}: finished twice")
+            self._finished = message.finished
+        if now > self._ending and self._finished is None and self._call is not None:
+            self._left = True
+            self._call.cancel()
+
+    def _delta(self, delta: pb.TokenDelta, now: float) -> None:
+        driver = self._driver
+        if not self._seen and driver.counting:
+            driver.first.add(now - self._asked)
+        if delta.sequence != self._sequence:
+            driver.faults.append(f"{self._name}: delta {delta.sequence} came, {self._sequence} was due")
+        self._sequence = delta.sequence + 1
+        ids = list(delta.token_ids)
+        self._seen += len(ids)
+        driver.all_messages += 1
+        driver.all_tokens += len(ids)
+        if self._expected is not None and ids != [next(self._expected) for _ in ids]:
+            driver.faults.append(f"{self._name}: tokens before {self._seen} are others")
+        if driver.counting:
+            self._measure(delta.offsets_us, now)
+
+    def _measure(self, offsets: Any, now: float) -> None:
+        """Note the delay of each token; `_last` is that of the stream's previous message."""
+        driver, arrival = self._driver, self._arrival
+        driver.messages += 1
+        driver.tokens += len(offsets)
+        delays = [now - arrival - offset * 1e-6 for offset in offsets]
+        for delay in delays:
+            driver.delay.add(delay)
+        if self._last:  # how much longer than the engine's the gap was before this message
+            driver.gap_added.add(max(0.0, delays[0] - self._last) if delays else 0.0)
+        self._last = delays[-1] if delays else self._last
 
 
 def _cpu() -> float:
