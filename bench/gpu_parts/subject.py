@@ -7,7 +7,7 @@ from typing import Any
 
 def model_of(name: str) -> Any:
     """A published shape's config."""
-    from drift_core.model.shapes import shape_config
+    from drift_core.model.config import shape_config
 
     return shape_config(name)
 

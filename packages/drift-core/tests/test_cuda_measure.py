@@ -18,8 +18,7 @@ from drift_core.cuda.device import Place, Work
 from drift_core.cuda.measure import plan_grid
 from drift_core.cuda.stub import StubDevice
 from drift_core.engine import engine_config
-from drift_core.model.config import load_config, model_directory
-from drift_core.model.shapes import shape_config
+from drift_core.model.config import load_config, model_directory, shape_config
 from drift_scheduler.cli import drift
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.table import CostTable

@@ -18,8 +18,9 @@ from drift_core.model.config import (
     Rope,
     load_config,
     model_directory,
+    shape_config,
 )
-from drift_core.model.shapes import shape_config, shape_names
+from drift_core.model.shapes import shape_names
 from drift_scheduler.errors import DriftError, PluginError, UnknownNameError
 
 LLAMA: dict[str, Any] = {

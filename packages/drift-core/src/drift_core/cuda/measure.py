@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from zlib import crc32
 
 import numpy as np
@@ -27,6 +27,7 @@ from drift_scheduler.domain import (
     DecodeDone,
     DecodeStep,
     Device,
+    Event,
     Gang,
     LaneFailed,
     Partition,
@@ -39,7 +40,11 @@ from drift_scheduler.domain import (
 from drift_scheduler.errors import DriftError
 
 if TYPE_CHECKING:
-    from drift_core.cuda.executor import CudaExecutor
+    from drift_core.batches import PageTables
+    from drift_core.cuda.device import Accelerator
+    from drift_core.cuda.lanes import DecodeLane
+    from drift_core.lanes_now import LanesNow
+    from drift_core.model.config import ModelConfig
 
 _GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 _PATIENCE = 600.0
@@ -110,6 +115,44 @@ class Journal:
             return
 
 
+class Measured(Protocol):
+    """What is asked of an executor to measure it: `drift_core.cuda.executor.CudaExecutor`."""
+
+    @property
+    def accelerator(self) -> Accelerator: ...
+
+    @property
+    def decode(self) -> DecodeLane: ...
+
+    @property
+    def plan(self) -> PoolPlan: ...
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+
+    @property
+    def kernels_description(self) -> str: ...
+
+    def twin(self, kv: PageTables, sequences: SequenceTable) -> Measured:
+        """Another over the same weights, cache and partitions."""
+
+    def now(self) -> float: ...
+
+    def submit(self, gang: Gang) -> None: ...
+
+    def wait(self, until: float | None) -> Sequence[Event] | None: ...
+
+    def forget(self, request_ids: Sequence[str]) -> None: ...
+
+    def lanes_now(self) -> LanesNow: ...
+
+
 class MadeUpPages:
     """As much of a KV pool as lanes ask for: every request's table runs through all pages from a place of its own."""
 
@@ -132,7 +175,7 @@ class MadeUpPages:
 class Rig:
     """Runs made-up work on an executor's device. `close` gives back nothing: streams belong to the executor."""
 
-    def __init__(self, executor: CudaExecutor) -> None:
+    def __init__(self, executor: Measured) -> None:
         self.sequences = SequenceTable()
         pages = MadeUpPages(executor.plan, self.sequences)
         self.executor = executor.twin(pages, self.sequences)
@@ -240,7 +283,7 @@ class Rig:
 
 
 def measure(
-    executor: CudaExecutor,
+    executor: Measured,
     grid: Grid,
     *,
     model: str,

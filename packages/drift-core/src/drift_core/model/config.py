@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from drift_core.model.shapes import published_shape
 from drift_scheduler.errors import DriftError, PluginError, UnknownNameError
 
 RopeKind = Literal["default", "linear", "llama3"]
@@ -132,6 +133,12 @@ def random_shape(model: str | Path) -> str | None:
     return name.removeprefix(RANDOM_MODEL) if name.startswith(RANDOM_MODEL) else None
 
 
+def shape_config(name: str) -> ModelConfig:
+    """The config of a published model's shape. Raises UnknownNameError with the names there are."""
+    entries = published_shape(name)
+    return ARCHITECTURES[entries["architectures"][0]](entries)
+
+
 def load_config(
     directory: str | Path, architectures: Mapping[str, ConfigBuilder] | None = None
 ) -> ModelConfig:
@@ -142,8 +149,6 @@ def load_config(
     Raises ModelConfigError, one line that names the file and the choices; UnknownNameError for the shape.
     """
     if (shape := random_shape(directory)) is not None:
-        from drift_core.model.shapes import shape_config
-
         return shape_config(shape)
     table = ARCHITECTURES if architectures is None else architectures
     folder = model_directory(directory)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from drift_core.model.config import ARCHITECTURES, ModelConfig
 from drift_scheduler.errors import UnknownNameError
 
 _SHAPES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
@@ -75,13 +74,12 @@ _SHAPES: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 
 
 def shape_names() -> tuple[str, ...]:
-    """Names that `shape_config` knows."""
+    """Names that `published_shape` knows."""
     return tuple(_SHAPES)
 
 
-def shape_config(name: str) -> ModelConfig:
-    """The config of a published model's shape. Raises UnknownNameError with the names there are."""
+def published_shape(name: str) -> Mapping[str, Any]:
+    """What matters of a published model's config.json. Raises UnknownNameError with the names there are."""
     if name not in _SHAPES:
         raise UnknownNameError("model shape", name, _SHAPES)
-    entries = _SHAPES[name]
-    return ARCHITECTURES[entries["architectures"][0]](entries)
+    return _SHAPES[name]
