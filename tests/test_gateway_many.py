@@ -164,7 +164,10 @@ async def clients(service: Service) -> AsyncIterator[dict[int, AsyncDriftClient]
         async with asyncio.timeout(PATIENCE_S):
             while len(found) < GATEWAYS:
                 opened.append(own_connection(service))
-                info = await opened[-1].server_info()
+                try:
+                    info = await opened[-1].server_info()
+                except api.Unavailable:
+                    continue  # it was given to a process that was killed just then
                 assert info.gateways == GATEWAYS
                 found.setdefault(info.gateway, opened[-1])
         yield found
