@@ -116,7 +116,11 @@ class World:
         fresh = anew.choose(tuple(self.ids), UNITS)
         anew.fill(want, want_table, (SPARE_PAGE, SPARE))
         count = len(self.ids)
-        order = list(range(count)) if self.rows.order is None else self.rows.order.tolist()
+        served = self.rows.served
+        order = list(range(count)) if served is None else served.order.tolist()
+        if served is not None:
+            assert served.ids == tuple(self.ids)
+            assert [id(state) for state in served.states] == [id(self.sequences[i]) for i in self.ids]
         assert [id(self.rows.states[row]) for row in order] == [id(self.sequences[i]) for i in self.ids]
         for field in ("context_lens", "source", "positions", "slots", "sample_cells"):
             assert host[field][order].tolist() == want[field][:count].tolist(), field

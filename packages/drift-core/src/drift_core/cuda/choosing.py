@@ -20,6 +20,7 @@ from drift_core.cuda.decode_work import Ints
 from drift_core.cuda.device import Accelerator, Stream, Touches, Work
 from drift_core.cuda.masks import Formed
 from drift_core.cuda.passes import Outputs, Pass
+from drift_core.cuda.rows import Served
 from drift_core.sampler import MIN_TEMPERATURE
 from drift_core.sequences import SequenceState
 
@@ -118,11 +119,11 @@ class Chooser:
         states: list[SequenceState],
         host: dict[str, Array],
         each: Pass,
-        order: Ints | None = None,
+        served: Served | None = None,
     ) -> Choice:
         """How the next tokens of `ids` are chosen.
 
-        order: the rows that somebody wants a token of, in the order of the answer; all of them when not given.
+        served: who gets an answer, where that is not all rows in order.
         """
         wishes = self._wishes
         if wishes is None or wishes.states is not states:
@@ -130,14 +131,14 @@ class Chooser:
         else:
             wishes.steps += 1
         formed, count = wishes.formed, len(ids)
-        if order is None:
+        if served is None:
             asked = _Asked(ids, states, wishes.host_rows)
         else:
             assert not wishes.host_rows, "rows without a request beside rows chosen on the host"
-            at = order.tolist()
-            asked = _Asked(tuple([ids[row] for row in at]), [states[row] for row in at], [], order)
+            asked = _Asked(served.ids, served.states, [], served.order)
             if formed:
-                formed = [(row, sampler) for row, sampler in formed if row in set(at)]
+                rows = set(served.order.tolist())
+                formed = [(row, sampler) for row, sampler in formed if row in rows]
         if wishes.columns is not None:
             for name, column in wishes.columns.items():
                 host[name][:count] = column

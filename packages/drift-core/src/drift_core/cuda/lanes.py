@@ -153,7 +153,7 @@ class DecodeLane:
         if count < extent.tokens:
             pad(host, table, count, extent.tokens, spare)
         self._filled, self._opened = None, False
-        choice = self._chooser.ask(rows.ids, rows.states, host, each, rows.order)
+        choice = self._chooser.ask(rows.ids, rows.states, host, each, rows.served)
         touches = self._touches(each, host, extent, np.zeros(0, np.int64))
         run = Work("decode", _nothing, touches, count, self._layers)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import is_not
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,14 @@ class _Block:
         self.entries.clear()
 
 
+class Served(NamedTuple):
+    """The requests of a step, each with its state and its row."""
+
+    ids: tuple[str, ...]
+    states: list[SequenceState]
+    order: Ints
+
+
 class DecodeRows:
     """`cell_of(request_id)`: where the device keeps a request's last token, or `HOST_TOKEN`."""
 
@@ -93,10 +102,9 @@ class DecodeRows:
         self._moved = False  # whether the rows stand at the next step already
         self._turning: tuple[Ints, Ints] | None = None  # rows whose step begins a page, and which of theirs
         self._turned: list[Ints] = []  # of those, the ones whose page was looked up since `fill`
-        self.order: Ints | None = None
-        """The row of each request of the step, where some rows are nobody's; `None` where they follow each other."""
+        self.served: Served | None = None
+        """Who the step is for, where some rows are nobody's; `None` where all rows are somebody's, in order."""
         self._holes: list[int] = []  # those rows
-        self._wanted: tuple[str, ...] = ()  # the requests of the step, then
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -184,14 +192,14 @@ class DecodeRows:
 
     def reset(self) -> None:
         """Know nothing of any request."""
-        self.order, self._holes = None, []
+        self.served, self._holes = None, []
         self._regroup(())
 
     def forget_rows(self, request_ids: list[str]) -> None:
         """These prefill (again), so what their rows say will not hold."""
         for request_id in request_ids:
             if self._row_of.pop(request_id, None) is not None:
-                self.ids, self.order, self._holes = (), None, []
+                self.ids, self.served, self._holes = (), None, []
 
     def forget_blocks(self) -> None:
         """Somebody else wrote into the host blocks."""
@@ -262,17 +270,24 @@ class DecodeRows:
             return False
         if not 0 < here - len(request_ids) <= MOST_HOLES:
             return False
-        order = [row_of.get(request_id, -1) for request_id in request_ids]
-        holes = set(range(here)).difference(order)
-        if len(holes) != here - len(request_ids):
+        count = len(request_ids)
+        changed = list(compress(range(count), map(is_not, self.ids, request_ids)))
+        sources = [row_of.get(request_ids[row], -1) for row in changed]
+        taken = set(sources)
+        holes = [row for row in (*changed, *range(count, here)) if row not in taken]
+        if -1 in taken or len(holes) != here - count:
             return False  # somebody is new
-        self.order, self._holes, self._wanted = np.array(order, np.int64), sorted(holes), request_ids
+        order, states = np.arange(count), self.states[:count]
+        order[changed] = sources
+        for row, source in zip(changed, sources, strict=True):
+            states[row] = self.states[source]
+        self._holes, self.served = holes, Served(request_ids, states, order)
         return True
 
     def _close_holes(self) -> None:
-        if self.order is not None:
-            self.order, self._holes = None, []
-            self._regroup(self._wanted)
+        if self.served is not None:
+            wanted, self.served, self._holes = self.served.ids, None, []
+            self._regroup(wanted)
 
     def _find_turning(self) -> None:
         position, tokens = self.context - 1, self._kv.page_tokens
