@@ -14,7 +14,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -122,6 +122,37 @@ def force_setattr(struct: Any, name: str, value: Any) -> None:
     object.__setattr__(struct, name, value)
 
 
+class FieldInfo:
+    """What is known of a struct's field; its type as it was written."""
+
+    def __init__(self, struct: type[Struct], name: str) -> None:
+        default = struct.__struct_defaults__.get(name, _NOTHING)
+        self.name = name
+        self.type = next(
+            kind
+            for each in struct.__mro__
+            for key, kind in inspect.get_annotations(each).items()
+            if key == name
+        )
+        self.required = default is _NOTHING
+        made = isinstance(default, _Field)
+        self.default = default.default if made else default
+        self.default_factory = default.default_factory if made else None
+
+
+def fields(struct: type[Struct]) -> tuple[FieldInfo, ...]:
+    """A struct's, in order."""
+    return tuple(FieldInfo(struct, name) for name in struct.__struct_fields__)
+
+
+def defstruct(name: str, fields: Iterable[Any], **options: Any) -> type[Struct]:
+    """A struct of fields (name, type) or (name, type, default)."""
+    rows = [(each, Any) if isinstance(each, str) else each for each in fields]
+    body: dict[str, Any] = {row[0]: row[2] for row in rows if len(row) > 2}
+    body["__annotations__"] = {row[0]: row[1] for row in rows}
+    return types.new_class(name, (Struct,), {"tag": options.get("tag")}, lambda space: space.update(body))
+
+
 def to_builtins(value: Any, **options: Any) -> Any:
     """Structs to mappings, all the way down."""
     if isinstance(value, Struct):
@@ -220,7 +251,10 @@ def module() -> types.ModuleType:
     parts: dict[str, Any] = {
         "Struct": Struct, "Meta": Meta, "field": field, "convert": convert, "to_builtins": to_builtins,
         "MsgspecError": MsgspecError, "DecodeError": DecodeError, "ValidationError": ValidationError,
-        "structs": types.SimpleNamespace(replace=replace, force_setattr=force_setattr),
+        "structs": types.SimpleNamespace(
+            replace=replace, force_setattr=force_setattr, fields=fields, FieldInfo=FieldInfo
+        ),
+        "defstruct": defstruct, "NODEFAULT": _NOTHING, "Raw": bytes,
         "json": types.SimpleNamespace(encode=encode_json, decode=decode_json, Encoder=_JsonEncoder, Decoder=_Decoder),
         "msgpack": types.SimpleNamespace(Encoder=_NoPacking, Decoder=_NoPacking),
     }  # fmt: skip

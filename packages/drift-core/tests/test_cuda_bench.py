@@ -256,6 +256,12 @@ def test_the_stand_in_behaves_as_msgspec_does() -> None:
         Inner(1, d=3)
     with pytest.raises(msgspec.DecodeError):
         msgspec.json.decode(b"{")
+    again = msgspec.defstruct(
+        "Again", [(f.name, f.type, f.default) for f in msgspec.structs.fields(Outer)[1:]]
+    )
+    assert again().names == []
+    assert again(maybe=3).maybe == 3
+    assert [f.required for f in msgspec.structs.fields(Outer)] == [True, False, False]
 
 
 # ------------------------------------------------------------------------------------ serving and goodput
