@@ -1,6 +1,6 @@
 """Whether several gateway processes let in what one does under overload, and what they cost in processor time.
 
-`drift serve --gateways N` with a simulated engine, for each N. First a load four times what it can take, over all processes:
+`drift serve --gateways N` with a simulated engine, for each N. First a load four times what it can take, over all:
 who is let in, how many of those have their first token in time, how long a refusal takes. Then 64 streams of
 400 tokens at 5 ms a step: processor seconds of every process. Real sockets and processes; times depend on the machine,
 counts hardly.
