@@ -7,11 +7,13 @@ dashboard, and no request. A member that ends is started again; neither the engi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from drift_core.frames import Join, Starting
@@ -65,6 +67,8 @@ class _Member:
         self.link: FleetLink[ToFleet] | None = None
         self.waiting_at: str | None = None
         """Where it waits for an engine to connect."""
+        self.socket_path: Path | None = None
+        """The latest of those places; a process that is killed leaves it behind."""
         self.asked: EngineClient | None = None
         """The engine that was asked to connect there."""
         self.serving = False
@@ -87,6 +91,11 @@ class _Member:
         self.process = self.link = self.waiting_at = self.asked = None
         self.serving = False
         self.tenants.clear()
+        if self.socket_path is not None:
+            with contextlib.suppress(OSError):  # it has cleared away after itself
+                self.socket_path.unlink()
+                self.socket_path.parent.rmdir()
+            self.socket_path = None
         for answer in self.answers.values():
             if not answer.done():
                 answer.set_result(None)
@@ -306,10 +315,13 @@ class Fleet:
         match frame:
             case Attach(path):
                 member.waiting_at, member.asked, member.serving = path, None, False
+                member.socket_path = Path(path)
                 self._join(member)
             case Serving(ready):
                 member.serving = ready
                 member.has_served |= ready
+                if ready:  # it has an engine; when that is gone, it asks for another
+                    member.waiting_at = None
                 self._soon(self._notify())
                 self.supervisor.on_change()
             case Trouble(message):
