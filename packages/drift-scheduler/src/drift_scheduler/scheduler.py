@@ -575,9 +575,10 @@ class Scheduler:
         grown = 0
         if self._grow_many is not None:
             grown = self._grow_many([tracked.request.id for tracked in needy], contexts)
-            for tracked, context in zip(needy[:grown], contexts, strict=False):
-                tracked.capacity = -(-context // page) * page
-                rows.capacity[tracked.row] = tracked.capacity
+            capacities = [-(-context // page) * page for context in contexts[:grown]]
+            rows.capacity[short[:grown]] = capacities
+            for tracked, capacity in zip(needy, capacities, strict=False):
+                tracked.capacity = capacity
         for tracked, context in zip(needy[grown:], contexts[grown:], strict=True):
             request_id = tracked.request.id
             while tracked.row >= 0:
