@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import pytest
+import trustme
 from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -27,6 +28,7 @@ from drift_gateway import client as api
 from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.client import AsyncDriftClient
 from drift_gateway.commands.serve import serve as serve_command
+from drift_gateway.connection import Tls
 from drift_gateway.request_errors import RequestError
 from drift_gateway.server import Address, reserve_port
 from drift_gateway.v1 import admin_pb2, admin_pb2_grpc, info_pb2
@@ -52,6 +54,7 @@ class Service:
 
     process: subprocess.Popen[str]
     token: str | None = None
+    tls: Tls | None = None
     said: list[str] = field(default_factory=list)
 
     def address(self, pattern: str) -> str:
@@ -117,7 +120,7 @@ def wait_until(condition: Callable[[], Any]) -> None:
 
 
 @contextmanager
-def serving(*flags: str, token: str | None = None) -> Iterator[Service]:
+def serving(*flags: str, token: str | None = None, tls: Tls | None = None) -> Iterator[Service]:
     """The service, with an engine of 5 ms steps, once it serves."""
     command = [sys.executable, "-m", "drift_gateway", "serve", "--device", "simulated"]
     command += ["--simulate", "step_ms=5", "--listen", "127.0.0.1:0", "--gateways", str(GATEWAYS)]
@@ -127,7 +130,7 @@ def serving(*flags: str, token: str | None = None) -> Iterator[Service]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    service = Service(process, token)
+    service = Service(process, token, tls)
 
     def read() -> None:
         assert process.stdout is not None
@@ -181,7 +184,7 @@ def own_connection(service: Service) -> AsyncDriftClient:
     usual = api.CHANNEL_OPTIONS
     api.CHANNEL_OPTIONS = (*usual, ("grpc.use_local_subchannel_pool", 1))  # type: ignore[misc, assignment]
     try:
-        return AsyncDriftClient(service.target, service.token)
+        return AsyncDriftClient(service.target, service.token, service.tls)
     finally:
         api.CHANNEL_OPTIONS = usual  # type: ignore[misc]
 
@@ -542,6 +545,31 @@ def test_tenants_limits_are_the_whole_services_and_outlive_a_killed_gateway(tmp_
         await lost.aclose()
 
     with serving("--tenants", str(tenants), token=token) as service:
+        run(service, body)
+
+
+def test_certificates_stand_for_the_same_tenant_in_all_processes(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(ca)
+
+    def issue(name: str, *hosts: str) -> tuple[Path, Path]:
+        made = authority.issue_cert(*hosts, common_name=name)
+        certificate, key = tmp_path / f"{name}.pem", tmp_path / f"{name}.key"
+        certificate.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
+        made.private_key_pem.write_to_path(key)
+        return certificate, key
+
+    async def body(found: dict[int, AsyncDriftClient]) -> None:
+        for client in (found[1], found[2], found[2]):
+            assert len((await generate(client, [1], 5).complete()).token_ids) == 5
+        while metric(service, "drift_tenant_output_tokens_total", 'tenant="one"') != 15:
+            await asyncio.sleep(0.02)
+        assert metric(service, "drift_tenant_requests_total", 'tenant="one"') == 3
+
+    server, key = issue("server", "127.0.0.1")
+    flags = ["--tls-cert", str(server), "--tls-key", str(key), "--tls-client-ca", str(ca)]
+    with serving(*flags, tls=Tls(ca, *issue("one", "one.example"))) as service:
         run(service, body)
 
 
