@@ -305,12 +305,15 @@ class PagedKv:
         held = self._holder(request_id)
         self._settle_one(request_id)
         del self._held[request_id]
-        refs, hash_of = self._refs, self._hash_of
-        for page in held.pages:
-            refs[page] -= 1
-        free = [page for page in reversed(held.pages) if not refs[page]]
-        self._empty += [page for page in free if hash_of[page] is None]
-        self._idle.update(dict.fromkeys([page for page in free if hash_of[page] is not None]))
+        refs, hash_of, empty, idle = self._refs, self._hash_of, self._empty, self._idle
+        for page in reversed(held.pages):  # `idle.update` takes four times as long
+            left = refs[page] = refs[page] - 1
+            if left:
+                continue
+            if hash_of[page] is None:
+                empty.append(page)
+            else:
+                idle[page] = None
         if held.chain.request.reuse_tokens is not None:
             self._give_up_first(held.pages[held.chain.request.reuse_tokens // self.page_tokens :])
 
