@@ -135,6 +135,41 @@ def test_log_probabilities_stay_beside_their_tokens() -> None:
     joined(body)
 
 
+def test_an_id_that_is_used_again_gets_its_tokens() -> None:
+    """The engine's steps name the same ids all along, and mean another request by one of them."""
+
+    async def body(client: EngineClient, engine: Engine) -> None:
+        before, other = client.submit([submit("a#0")]), client.submit([submit("b#0")])
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0", "b#0"], [1, 2], True)]))
+        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#0", "b#0"], [3, 4])]))
+        while before.requests[0].behind < 2:
+            await news(other)
+        before.cancel()
+        after = client.submit([submit("a#0")])
+        engine.link.send(StepFrame(3.0, tokens=[TokensItem(["a#0"], [5], True)]))
+        engine.link.send(StepFrame(4.0, tokens=[TokensItem(["a#0", "b#0"], [6, 7])]))
+        engine.link.send(
+            StepFrame(5.0, finished=[FinishedItem("a#0", "length"), FinishedItem("b#0", "length")])
+        )
+        while after.requests[0].finished is None:
+            await news(after)
+        assert before.requests[0].take()[0] == [1, 3]
+        assert after.requests[0].take()[:2] == ([5, 6], [3.0, 4.0])
+        assert other.requests[0].take()[:2] == ([2, 4, 7], [1.0, 2.0, 4.0])
+
+    joined(body)
+
+
+def test_a_step_with_too_few_tokens_is_nonsense() -> None:
+    async def body(client: EngineClient, engine: Engine) -> None:
+        submission = client.submit([submit("a#0"), submit("a#1")])
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0", "a#1"], [7])]))
+        with pytest.raises(EngineGone, match="nonsense"):
+            await news(submission)
+
+    joined(body)
+
+
 def test_cancel_reaches_the_engine_and_ends_the_news() -> None:
     async def body(client: EngineClient, engine: Engine) -> None:
         submission = client.submit([submit("a#0"), submit("a#1")])

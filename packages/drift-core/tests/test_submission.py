@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from drift_core import submission as module
 from drift_core.frames import TokenLogprob
-from drift_core.submission import Progress, Submission, Turns
+from drift_core.submission import Columns, Progress, Submission, Turns
 from drift_scheduler.errors import DriftError
 
 Forgotten = list[tuple[str, bool]]
@@ -183,13 +184,13 @@ class ShortCut:
         self.submission = submission
         self.taken: list[list[int]] = []
         self.declines = False
-        self._note = lambda: world.order.append(f"{name} passed on")
+        self._order, self._name = world.order, name
         submission.short_cut(self)
 
     def __call__(self) -> bool:
         if self.declines:
             return False
-        self._note()
+        self._order.append(f"{self._name} passed on")
         self.taken.append(self.submission.requests[0].take()[0])
         return True
 
@@ -318,3 +319,133 @@ def test_tokens_and_times_are_taken_once_and_all_times_are_kept() -> None:
     progress.times.append(0.3)
     assert progress.take() == ([3], [0.3], None)
     assert progress.times == [0.0, 0.1, 0.2, 0.3]
+
+
+def test_columns_give_each_member_its_own_tokens() -> None:
+    columns, a, b = Columns(), Progress("a"), Progress("b")
+    a.add(1, 0.0)
+    columns.admit(a, 0)
+    columns.admit(b, 2)
+    columns.add([2, 99, 3], 0.1)
+    assert (a.behind, a.oldest, b.behind, b.oldest) == (2, 0.0, 1, 0.1)
+    assert a.take() == ([1, 2], [0.0, 0.1], None)
+    columns.add([4, 99, 5], 0.2)
+    columns.add([6, 99, 7], 0.3)
+    assert (a.behind, a.oldest, b.behind) == (2, 0.2, 3)
+    assert a.take() == ([4, 6], [0.2, 0.3], None)
+    assert a.take() == ([], [], None)
+    assert (a.behind, a.oldest) == (0, None)
+    b.leave()
+    columns.add([8, 99, 9], 0.4)
+    assert b.take() == ([3, 5, 7], [0.1, 0.2, 0.3], None)
+    assert a.take() == ([8], [0.4], None)
+    assert a.times == [0.0, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_columns_keep_few_rows_however_late_a_member_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ROWS", 4)
+    columns, late, prompt = Columns(), Progress("late"), Progress("prompt")
+    columns.admit(late, 0)
+    columns.admit(prompt, 1)
+    taken: list[int] = []
+    for step in range(10):
+        columns.add([step, -step], float(step))
+        if step % 3 == 0:
+            taken += prompt.take()[0]
+    assert len(late.token_ids) == 8, "rows are given out by four"
+    assert (late.behind, late.oldest) == (10, 0.0)
+    assert late.take() == (list(range(10)), [float(step) for step in range(10)], None)
+    assert taken == [-step for step in range(10)]
+
+
+def test_log_probabilities_stay_beside_tokens_that_came_by_columns() -> None:
+    columns, progress = Columns(), Progress("a")
+    columns.admit(progress, 0)
+    columns.add([1], 0.1)
+    columns.add([2], 0.2)
+    progress.add_logprob(TokenLogprob(-2.0))
+    columns.add([3], 0.3)
+    assert progress.take() == ([1, 2, 3], [0.1, 0.2, 0.3], [None, TokenLogprob(-2.0)])
+
+
+def test_one_that_moves_to_other_columns_loses_nothing() -> None:
+    before, after, progress = Columns(), Columns(), Progress("a")
+    before.admit(progress, 1)
+    before.add([9, 1], 0.1)
+    after.admit(progress, 0)
+    before.add([9, 9], 0.2)
+    after.add([2], 0.2)
+    assert progress.take() == ([1, 2], [0.1, 0.2], None)
+
+
+class Steps:
+    """A world with columns of one request, and steps at times that are told."""
+
+    def __init__(self, world: World, submission: Submission, interval: float) -> None:
+        self.turns, self.columns, self.now, self.interval = world.turns, Columns(), time.monotonic(), interval
+        self.columns.admit(submission.requests[0], 0)
+        world.turns.step_is(self.now - interval)
+        world.turns.step_is(self.now)
+        world.turns.hold = 1.0
+
+    def step(self) -> None:
+        self.now += self.interval
+        self.columns.add([7], self.now)
+        self.turns.look()
+        self.turns.step_is(self.now)
+        self.turns.give()
+
+
+def test_with_others_behind_tokens_are_kept_until_the_next_step_would_be_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A quarter of 400 s is 100 s: of steps 40 s apart the third would be too late."""
+    monkeypatch.setattr(module, "LONGEST_HOLD_S", 1000.0)
+    monkeypatch.setattr(module, "HOLD_EASES_S", 1e9)
+
+    async def body(world: World) -> None:
+        reader = await world.reader("a", tbt=400.0)
+        steps = Steps(world, reader, 40.0)
+        for expected in ([], [], ["a"], ["a"], ["a"], ["a", "a"]):
+            steps.step()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            assert world.order == expected
+
+    run(body)
+
+
+def test_what_is_kept_goes_without_a_further_step_and_urgent_news_is_not_kept() -> None:
+    async def body(world: World) -> None:
+        reader, other = await world.reader("a", tbt=0.2), await world.reader("b", tbt=400.0)
+        steps = Steps(world, reader, 0.001)
+        steps.step()
+        assert not reader.queued
+        told(other, steps.now, first=True)
+        world.turns.give()
+        await until(lambda: len(world.order) == 2)
+        assert world.order == ["b", "a"]
+
+    run(body)
+
+
+def test_the_process_is_behind_when_its_queue_is_never_empty_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "BEHIND_S", 0.0)
+    monkeypatch.setattr(module, "HOLD_EASES_S", 0.01)
+
+    async def body(world: World) -> None:
+        readers = [await world.reader(str(number)) for number in range(6)]
+        assert world.turns.hold == 0.0
+        for reader in readers:
+            told(reader, 1.0)
+        world.turns.give()
+        world.turns.step_is(time.monotonic())
+        assert world.turns.hold == 1.0
+        await until(lambda: len(world.order) == 6)
+        while world.turns.hold:
+            await asyncio.sleep(0.005)
+            world.turns.step_is(time.monotonic())
+
+    run(body)

@@ -17,6 +17,9 @@ from typing import Final, Protocol
 MAX_PENDING_TOKENS: Final = 64
 """Tokens that may wait for the rest of a character before they are decoded as they are."""
 
+FEW: Final = 8
+"""Tokens that are probably whole characters all; among more there may be one that is not."""
+
 _REPLACEMENT: Final = "\ufffd"
 
 
@@ -92,7 +95,7 @@ class _ByteDecoder:
         self._open = False
 
     def push(self, token_ids: Sequence[int]) -> str:
-        if not self._open:
+        if not self._open and len(token_ids) <= FEW:
             texts = self._texts
             parts = [texts[token] for token in token_ids]
             if None not in parts:

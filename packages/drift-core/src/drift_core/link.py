@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, cast
 
@@ -40,7 +40,7 @@ from drift_core.frames import (
     decode_to_engine,
     encode_frame,
 )
-from drift_core.submission import Progress, Submission, Turns
+from drift_core.submission import Columns, Progress, Submission, Turns
 from drift_scheduler.errors import DriftError
 
 __all__ = ["EngineClient", "EngineFailed", "EngineGone", "EngineLink", "Progress", "Submission"]
@@ -50,7 +50,7 @@ MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
 """Frames kept for a gateway that does not read; past it the gateway counts as gone."""
 
 ITEMS_PER_LOOK: Final = 16
-"""Of so many items of tokens, one is told to readers that know of news already: that is where they are found to lag."""
+"""After so many items of tokens readers that are busy are looked at, whether they lag."""
 
 EXIT_STATUS_ORPHANED: Final = 70
 
@@ -224,7 +224,8 @@ class EngineClient:
         self._server: asyncio.AbstractServer | None = None
         self._transport: asyncio.Transport | None = None
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
-        self._members: _Members | None = None
+        self._columns: Columns | None = None
+        self._columns_of: list[str] = []
         self._items = 0
         self._turns = Turns()
         self.pong: Pong | None = None
@@ -281,8 +282,8 @@ class EngineClient:
 
     def forget(self, request_id: str, cancel: bool) -> None:
         """Hear no more of a request, and `cancel` it in the engine."""
-        if self._in_flight.pop(request_id, None) is not None:
-            self._members = None
+        if (found := self._in_flight.pop(request_id, None)) is not None:
+            found[0].leave()
         if cancel:
             self._send(Cancel(request_id))
 
@@ -385,51 +386,62 @@ class EngineClient:
             self._deliver_tokens(item, frame.time)
         for finished in frame.finished:
             if (found := in_flight.pop(finished.id, None)) is not None:
-                self._members = None
+                found[0].leave()
                 found[0].finished = finished
                 found[1].notify(urgent=True)
+        if frame.tokens:
+            self._turns.step_is(frame.time)
         self._turns.give()
 
     def _deliver_tokens(self, item: TokensItem, now: float) -> None:
-        members = self._members
-        if members is None or (members.ids is not item.ids and members.ids != item.ids):
-            members = _Members(item.ids, self._in_flight)
-            if not item.first:
-                self._members = members if members.complete else None
-        for append, token_id in zip(members.appends, members.known(item.token_ids), strict=True):
-            append(token_id)
-        for append_time in members.appends_of_times:
-            append_time(now)
+        columns = None if item.first else self._columns_for(item.ids)
+        if columns is None:
+            self._deliver_one_by_one(item, now)
+            return
+        if len(item.token_ids) != len(item.ids):
+            raise FrameError(f"a step of {len(item.ids)} requests has {len(item.token_ids)} tokens")
+        columns.add(item.token_ids, now)
         if item.logprobs:
-            for progress in members.requests:
-                if (logprob := item.logprobs.get(progress.id)) is not None:
-                    progress.add_logprob(logprob)
+            for request_id in item.logprobs:
+                if (found := self._in_flight.get(request_id)) is not None:
+                    self._add_logprob(found[0], item)
+        self._turns.look()
         self._items += 1
-        all_of_them = item.first or self._items % ITEMS_PER_LOOK == 0
-        for submission in members.submissions:
-            if all_of_them or not submission.told:
-                submission.notify(item.first)
+        if self._items % ITEMS_PER_LOOK == 0:
+            for submission in {id(found[1]): found[1] for found in self._in_flight.values()}.values():
+                submission.look_at_lag()
 
+    def _deliver_one_by_one(self, item: TokensItem, now: float) -> None:
+        """First tokens; whoever got one is not in the columns, or is another one than was."""
+        self._drop_columns()
+        for request_id, token_id in zip(item.ids, item.token_ids, strict=True):
+            if (found := self._in_flight.get(request_id)) is not None:
+                found[0].add(token_id, now)
+                self._add_logprob(found[0], item)
+                found[1].notify(urgent=item.first)
 
-class _Members:
-    """Who gets a token of an item, looked up once for as long as the item's ids are the same."""
+    def _columns_for(self, ids: list[str]) -> Columns | None:
+        """The columns of these requests, new ones if they are others than a step ago; `None` if one is there twice."""
+        if self._columns is not None and (self._columns_of is ids or self._columns_of == ids):
+            return self._columns
+        self._drop_columns()
+        if len(set(ids)) < len(ids):
+            return None
+        self._columns, self._columns_of = Columns(), ids
+        for place, request_id in enumerate(ids):
+            if (found := self._in_flight.get(request_id)) is not None:
+                self._columns.admit(found[0], place)
+        return self._columns
 
-    __slots__ = ("appends", "appends_of_times", "complete", "ids", "places", "requests", "submissions")
+    def _drop_columns(self) -> None:
+        if self._columns is not None:
+            self._columns.settle()
+            self._columns = None
 
-    def __init__(self, ids: Sequence[str], in_flight: Mapping[str, tuple[Progress, Submission]]) -> None:
-        found = [in_flight.get(request_id) for request_id in ids]
-        known = [each for each in found if each is not None]
-        self.ids = ids
-        self.complete = len(known) == len(found)
-        self.places = None if self.complete else [k for k, each in enumerate(found) if each is not None]
-        self.requests = [progress for progress, _ in known]
-        self.submissions = list(dict.fromkeys(submission for _, submission in known))
-        self.appends = [progress.token_ids.append for progress in self.requests]
-        self.appends_of_times = [progress.times.append for progress in self.requests]
-
-    def known(self, token_ids: Sequence[int]) -> Sequence[int]:
-        """The token ids of those that are in flight."""
-        return token_ids if self.places is None else [token_ids[place] for place in self.places]
+    @staticmethod
+    def _add_logprob(progress: Progress, item: TokensItem) -> None:
+        if item.logprobs is not None and (logprob := item.logprobs.get(progress.id)) is not None:
+            progress.add_logprob(logprob)
 
 
 class _ClientProtocol(asyncio.Protocol):

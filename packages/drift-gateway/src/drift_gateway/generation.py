@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 import grpc
 
@@ -29,7 +28,6 @@ from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
 from drift_gateway.supervisor import Served, Supervisor
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
-from drift_gateway.wire import serialized
 from drift_scheduler.domain import FinishReason
 
 log = logging.getLogger("drift.gateway")
@@ -108,29 +106,6 @@ class Generations:
             admitted.request_id, len(prompt), checked.session, request.labels,
         )  # fmt: skip
         return admitted, verdict
-
-
-def add_generation(service: GenerationService, server: grpc.aio.Server) -> None:
-    """Serve it: as the generated function would, but for messages that are bytes already."""
-    methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Generate": grpc.unary_stream_rpc_method_handler(
-            service.Generate,
-            request_deserializer=pb.GenerateRequest.FromString,
-            response_serializer=serialized,
-        ),
-        "Tokenize": grpc.unary_unary_rpc_method_handler(
-            service.Tokenize,
-            request_deserializer=pb.TokenizeRequest.FromString,
-            response_serializer=pb.TokenizeResponse.SerializeToString,
-        ),
-        "Detokenize": grpc.unary_unary_rpc_method_handler(
-            service.Detokenize,
-            request_deserializer=pb.DetokenizeRequest.FromString,
-            response_serializer=pb.DetokenizeResponse.SerializeToString,
-        ),
-    }
-    name = pb.DESCRIPTOR.services_by_name["GenerationService"].full_name
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, methods),))
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):

@@ -15,7 +15,6 @@ from typing import Protocol
 from drift_core.frames import FinishedItem, TokenLogprob
 from drift_core.link import Progress
 from drift_gateway.v1 import generation_pb2 as pb
-from drift_gateway.wire import token_delta
 from drift_scheduler.domain import SLO, FinishReason
 
 REASONS = {
@@ -82,23 +81,13 @@ class Output:
         """Messages for what came since the last call. `gateway_seconds`: what admission took."""
         if self.ended:
             return ()
-        if (taken := self._tokens_alone()) is not None:
-            return (self._delta(*taken, None),)
+        if (message := self.tokens()) is not None:
+            return (message,)
         return self._advance(self.progress.finished, gateway_seconds)
 
-    def tokens(self) -> bytes | None:
-        """The message for what came since the last call, serialised, where that is tokens and nothing else; `None`
-        where it is not, or where it has to be looked at."""
-        taken = self._tokens_alone()
-        if taken is None:
-            return None
-        text, token_ids, times = taken
-        message = token_delta(self.index, self._sequence, text, token_ids, self._offsets_us(times))
-        self._sequence += 1
-        return message
-
-    def _tokens_alone(self) -> tuple[str, list[int], list[float]] | None:
-        """The text, ids and times of new tokens; `None` where there are none or there is more to it."""
+    def tokens(self) -> pb.GenerateResponse | None:
+        """The message for what came since the last call, where that is tokens and nothing else; `None` where it is
+        not, or where it has to be looked at."""
         progress = self.progress
         if progress.finished is not None or not self._plain or progress.logprobs is not None:
             return None
@@ -106,11 +95,7 @@ class Output:
         if not token_ids:
             return None
         self._kept += len(token_ids)
-        return "" if self._push is None else self._push(token_ids), token_ids, times
-
-    def _offsets_us(self, times: Sequence[float]) -> list[int]:
-        arrival = self._arrival
-        return [int((at - arrival) * 1e6) if at > arrival else 0 for at in times]
+        return self._delta("" if self._push is None else self._push(token_ids), token_ids, times, None)
 
     def _advance(self, finished: FinishedItem | None, gateway_seconds: float) -> list[pb.GenerateResponse]:
         """Whatever comes: stop strings, log probabilities, the end."""
@@ -161,7 +146,7 @@ class Output:
     ) -> pb.GenerateResponse:
         """Filled in place: a message made apart and then copied into the response costs half as much again."""
         response = pb.GenerateResponse()
-        delta = response.token_delta
+        delta, arrival = response.token_delta, self._arrival
         if self.index:
             delta.output_index = self.index
         delta.sequence = self._sequence
@@ -169,7 +154,7 @@ class Output:
         delta.token_ids.extend(token_ids)
         if len(times) > len(token_ids):
             times = times[: len(token_ids)]
-        delta.offsets_us.extend(self._offsets_us(times))
+        delta.offsets_us.extend([int((at - arrival) * 1e6) if at > arrival else 0 for at in times])
         if logprobs is not None:
             delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
         self._sequence += 1

@@ -24,15 +24,18 @@ from drift_core.link import EngineClient
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.compat import add_services
 from drift_gateway.gate import GateLimits
-from drift_gateway.generation import Generations, GenerationService, add_generation
+from drift_gateway.generation import Generations, GenerationService
 from drift_gateway.info import InfoService
 from drift_gateway.supervisor import State, Supervisor
-from drift_gateway.v1 import generation_pb2, info_pb2, info_pb2_grpc
+from drift_gateway.v1 import generation_pb2, generation_pb2_grpc, info_pb2, info_pb2_grpc
 from drift_scheduler.errors import DriftError
 
 GENERATION: Final = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 INFO: Final = info_pb2.DESCRIPTOR.services_by_name["InfoService"].full_name
 # protoc's grpc plug-in writes no types.
+_ADD_GENERATION: Final[Callable[[Any, grpc.aio.Server], None]] = (
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server
+)
 _ADD_INFO: Final[Callable[[Any, grpc.aio.Server], None]] = info_pb2_grpc.add_InfoServiceServicer_to_server
 
 PORT_OF_ONE: Final = ("grpc.so_reuseport", 0)
@@ -179,7 +182,7 @@ class Gateway:
         self.generations = Generations(supervisor, limits)
         generation = GenerationService(supervisor, self.generations)
         self.information = InfoService(supervisor, limits.max_in_flight, self._stopping, process)
-        add_generation(generation, self._server)
+        _ADD_GENERATION(generation, self._server)
         _ADD_INFO(self.information, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._compat = add_services(compat, self._server, supervisor, self.generations)
