@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from drift_scheduler.cost import FACTORIES
 from drift_scheduler.cost.fitted import FittedCost, fitted, non_negative
-from drift_scheduler.cost.guard import CEILING, SETTLED, ContentionGuard
+from drift_scheduler.cost.guard import CEILING, CONTENTION, RETRY, SETTLED, WINDOW, ContentionGuard
 from drift_scheduler.cost.roofline import RooflineCost, roofline
 from drift_scheduler.cost.table import (
     CostTable,
@@ -254,3 +254,54 @@ def test_the_guard_learns_only_from_lanes_that_ran_side_by_side() -> None:
     assert not costs.guard.cells()["decode"]
     with pytest.raises(ValueError, match="between 1 and 100"):
         ContentionGuard(0.5, 1.0)
+
+
+def test_the_guard_forgets_accidents_and_keeps_contention() -> None:
+    costs = fitted("", DEVICE, "llama-3.1-70b", slowdown_prefill=1.1, slowdown_decode=1.1)
+    solo = costs.decode(DECODE, 32)
+    costs.observe(seen(Lane.DECODE, 3.0 * solo))
+    costs.observe(seen(Lane.DECODE, 1.4 * solo))
+    for _ in range(WINDOW - 3):
+        costs.observe(seen(Lane.DECODE, solo))
+    assert costs.slowdown(PREFILL, DECODE, SPLIT)[1] == pytest.approx(3.0)
+    for _ in range(WINDOW + 2):
+        costs.observe(seen(Lane.DECODE, solo))
+    assert costs.slowdown(PREFILL, DECODE, SPLIT)[1] == CONTENTION
+    milder = fitted("", DEVICE, "llama-3.1-70b", slowdown_prefill=1.1, slowdown_decode=1.1)
+    for ratio in [1.4] + [1.0] * 3 * WINDOW:
+        milder.observe(seen(Lane.DECODE, ratio * solo))
+    assert milder.slowdown(PREFILL, DECODE, SPLIT)[1] == pytest.approx(1.4)
+
+
+def test_a_cell_that_an_accident_made_everyone_avoid_gets_another_chance() -> None:
+    guard = ContentionGuard(1.1, 1.1)
+    elsewhere = Partition(60, 48)
+    for ratio in [1.0] * SETTLED + [4.0]:
+        guard.record_decode(ratio, PREFILL, DECODE, SPLIT)
+    assert guard.worst(PREFILL, DECODE, SPLIT)[1] == 4.0
+    for _ in range(2 * RETRY):
+        guard.record_decode(1.0, PREFILL, DECODE, elsewhere)
+    assert guard.worst(PREFILL, DECODE, SPLIT)[1] == CONTENTION
+    assert guard.worst(PREFILL, DECODE, elsewhere)[1] == 1.0
+
+
+@pytest.mark.parametrize("sharing", [Sharing.EXCLUSIVE, Sharing.TEMPORAL, Sharing.FUSED])
+def test_the_guard_knows_how_late_undivided_work_was_of_late(sharing: Sharing) -> None:
+    costs = roofline("a100-80gb", "llama-3.1-8b")
+    whole = Partition(0, 108)
+
+    def work(ratio: float) -> Observation:
+        fused = sharing is Sharing.FUSED
+        solo = costs.fused(PREFILL, DECODE, 108) if fused else costs.decode(DECODE, 108)
+        prefill = PREFILL if fused else None
+        return Observation(Lane.DECODE, whole, sharing, prefill, DECODE, 32, False, solo, ratio * solo)
+
+    assert costs.slowdown(PREFILL, DECODE, whole) == (1.0, 1.0)
+    costs.observe(work(1.005))
+    assert costs.slowdown(PREFILL, DECODE, whole) == (1.0, 1.0)
+    costs.observe(work(1.7))
+    assert costs.slowdown(PREFILL, DECODE, whole) == (1.0, pytest.approx(1.7))
+    assert costs.slowdown(PREFILL, DECODE, Partition(108, 0)) == (1.0, pytest.approx(1.7))
+    for _ in range(2 * WINDOW):
+        costs.observe(work(0.9))
+    assert costs.slowdown(PREFILL, DECODE, whole) == (1.0, 1.0)

@@ -41,6 +41,7 @@ class Reckoned:
 
     slow: float = 1.0
     mixed: float = 0.0005
+    accidents: float = 1.0
 
     def prefill(self, work: PrefillShape, units: int) -> float:
         return work.new_tokens * 20e-6 * 10 / units
@@ -54,7 +55,8 @@ class Reckoned:
     def slowdown(
         self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
     ) -> tuple[float, float]:
-        return self.slow, self.slow
+        slow = self.slow if partition.prefill and partition.decode else self.accidents
+        return slow, slow
 
     def observe(self, observation: Observation) -> None:
         raise AssertionError("a policy observes nothing")
@@ -174,6 +176,37 @@ def test_no_split_meets_the_target_so_the_phases_take_turns() -> None:
     assert gang.prefill is not None
     per_layer = costs.prefill(gang.prefill.shape(), 10) / 10
     assert 0 < gang.prefill.layers * per_layer + 0.005 <= 0.009
+
+
+def test_the_undivided_device_is_judged_by_its_worst_case_too() -> None:
+    """Where nothing keeps the target for sure, the split does more work and the phases do not take turns."""
+    costs = Reckoned(slow=2.0, mixed=1.0, accidents=2.0)
+    gang = choose(Picture([prompt("new", 1000)], 0.009, 0.009), costs)
+    assert gang.sharing is Sharing.SPATIAL
+    fused = choose(Picture([prompt("new", 4096)], 0.012, 0.012), Reckoned(slow=2.0, accidents=2.0))
+    assert fused.sharing is Sharing.FUSED
+    assert fused.prefill is not None
+    assert 2.0 * Reckoned().fused(fused.prefill.shape(), DecodeShape(1, 1000), 10) <= 0.012
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.5])
+def test_noise_does_not_drive_drift_away_from_splits(noise: float) -> None:
+    """Each split's worst case is remembered; if that of taking turns were not, every accident would speak for it."""
+    slo = SLO(2.0, 0.03)
+    scenario = Scenario(
+        "sharegpt",
+        "cpu",
+        "demo",
+        "drift",
+        slo,
+        rate=4.0,
+        requests=150,
+        noise=noise,
+        cost="online",
+        kv_pages=4096,
+    )
+    drift = Simulation(scenario).run()["sharing_s"]
+    assert drift["spatial"] > 4 * (drift["temporal"] + drift["fused"])
 
 
 def test_time_already_spent_is_made_up_by_a_step_of_decode_alone() -> None:

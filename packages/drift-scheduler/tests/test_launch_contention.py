@@ -71,6 +71,26 @@ def test_what_launching_explains_is_not_learned_twice() -> None:
     assert isinstance(innermost(costs), RooflineCost)
 
 
+@pytest.mark.parametrize(
+    ("lane", "sharing"),
+    [(Lane.PREFILL, Sharing.TEMPORAL), (Lane.DECODE, Sharing.FUSED), (Lane.PREFILL, Sharing.EXCLUSIVE)],
+)
+def test_waiting_for_the_host_is_no_accident(lane: Lane, sharing: Sharing) -> None:
+    """A small pass takes as long as its launch, and each block a launch of its own: nothing the guard should mind."""
+    inner = roofline("h200", "llama-3.1-8b")
+    costs = Launched(inner, device_spec("h200"), 32)
+    tiny, one = PrefillShape.of([(8, 0)]), DecodeShape(1, 100)
+    fused = sharing is Sharing.FUSED
+    assert inner.prefill(tiny, 132) * 1.01 < costs.prefill(tiny, 132)
+    seconds = costs.fused(tiny, one, 132) if fused else costs.prefill(tiny, 132) / 32
+    took = seconds + costs.block_seconds
+    layers = 32 if fused else 1
+    costs.observe(
+        Observation(lane, Partition(0, 132), sharing, tiny, one if fused else None, layers, False, took, took)
+    )
+    assert costs.slowdown(tiny, one, Partition(0, 132)) == (1.0, 1.0)
+
+
 def test_contention_grows_with_the_load_on_memory_and_stays_below_the_worst_case() -> None:
     truth = Contended(roofline("a100-80gb", "llama-3.1-8b"), A100, LLAMA)
     light, heavy = DecodeShape(1, 100), DecodeShape(256, 512_000)

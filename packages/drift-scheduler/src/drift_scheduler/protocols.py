@@ -82,7 +82,11 @@ class CostModel(Protocol):
     def slowdown(
         self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
     ) -> tuple[float, float]:
-        """Worst-case factors (prefill, decode), each at least 1, when both run under `partition`."""
+        """Worst-case factors (prefill, decode), each at least 1, when both run under `partition`.
+
+        Under one that is all one lane's: those of passes that have the device for themselves, 1 where nothing but the
+        prediction is known.
+        """
 
     def observe(self, observation: Observation) -> None:
         """Learn from one measured piece of work; a model that does not learn does nothing."""

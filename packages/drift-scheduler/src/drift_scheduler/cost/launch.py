@@ -6,6 +6,8 @@ other. Knows how long nothing takes but launching; the model it wraps knows the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from drift_scheduler.cost.hardware import DeviceSpec
 from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
 from drift_scheduler.protocols import CostModel
@@ -56,32 +58,30 @@ class Launched:
         return self.inner.slowdown(prefill, decode, partition)
 
     def observe(self, observation: Observation) -> None:
-        """Hand on what was measured, less what launching explains, so that the inner model learns only the rest."""
-        share = self._inner_share(observation)
-        self._priced = None
-        if share == 1.0:
-            self.inner.observe(observation)
-            return
+        """Hand on what was measured, less what launching explains, so that the inner model learns only the rest.
+
+        Beside the other lane a block's launch stays in: nobody adds it there to what the inner model's slowdown says.
+        """
         seen = observation
-        self.inner.observe(
-            Observation(
-                seen.lane,
-                seen.partition,
-                seen.sharing,
-                seen.prefill,
-                seen.decode,
-                seen.layers,
-                seen.overlapped,
-                seen.predicted,
-                seen.measured * share,
-            )
+        share = self._inner_share(seen)
+        block = seen.sharing is Sharing.FUSED or (
+            seen.lane is Lane.PREFILL and seen.sharing in (Sharing.EXCLUSIVE, Sharing.TEMPORAL)
         )
+        launch = self.block_seconds if block else 0.0
+        self._priced = None
+        if share == 1.0 and not launch:
+            self.inner.observe(seen)
+            return
+        measured = max(seen.measured - launch, 0.0) * share
+        self.inner.observe(replace(seen, measured=measured))
 
     def _inner_share(self, seen: Observation) -> float:
         """The inner model's time over ours for the observed work."""
-        if seen.sharing is Sharing.FUSED:
-            return 1.0
         spatial = seen.sharing is Sharing.SPATIAL
+        if seen.sharing is Sharing.FUSED:
+            if seen.prefill is None or seen.decode is None:
+                return 1.0
+            return self._under_floor(self.inner.fused(seen.prefill, seen.decode, max(seen.partition)))
         if seen.lane is Lane.DECODE and seen.decode is not None:
             size = bucket(seen.decode.batch, self._step)
             if size == seen.decode.batch:
@@ -89,11 +89,14 @@ class Launched:
             units = seen.partition.decode if spatial else max(seen.partition)
             ours = self.decode(seen.decode, units)
             return self.inner.decode(seen.decode, units) / ours if ours > 0 else 1.0
-        if seen.lane is Lane.PREFILL and seen.prefill is not None and self._floor:
+        if seen.lane is Lane.PREFILL and seen.prefill is not None:
             units = seen.partition.prefill if spatial else max(seen.partition)
-            inner = self.inner.prefill(seen.prefill, units)
-            return inner / self._floor if inner < self._floor else 1.0
+            return self._under_floor(self.inner.prefill(seen.prefill, units))
         return 1.0
+
+    def _under_floor(self, inner: float) -> float:
+        """The share of a pass's time that is not waiting for the host."""
+        return inner / self._floor if inner < self._floor else 1.0
 
 
 def bucket(batch: int, step: int) -> int:

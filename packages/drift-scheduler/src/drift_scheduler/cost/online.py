@@ -3,8 +3,8 @@
 Each finished piece of work that ran alone compares measured with predicted time. The ratio's logarithm is averaged
 exponentially in three cells, from particular to general: (lane, units, size), (lane, units), (lane); size is the
 power of two of the work's tokens or batch. A prediction is the wrapped model's times the most particular factor that
-has been seen often enough. Work that ran beside the other lane goes to the wrapped model's contention guard,
-measured against the corrected prediction; it corrects downwards only, since contention never speeds work up.
+has been seen often enough. The wrapped model's contention guard gets all work, measured against the corrected
+prediction; what ran beside the other lane corrects downwards only, since contention never speeds work up.
 
 Deterministic: the same observations in the same order give the same model. Never leaves sane bounds: one observation
 moves no average by more than a factor of `ceiling`, and no factor leaves [1/ceiling, ceiling].
@@ -91,8 +91,7 @@ class OnlineCost:
             bounded = min(self._bound, max(-self._bound, math.log(ratio)))
             for cell in ((phase, units, size.bit_length()), (phase, units, -1), (phase, 0, -1)):
                 self._cells.setdefault(cell, _Average()).add(bounded, self._rate, self._bound)
-        if beside:
-            self.inner.observe(replace(seen, measured=seen.measured / factor))
+        self.inner.observe(replace(seen, measured=seen.measured / factor))
 
     def factor(self, phase: str, units: int, size: int) -> float:
         """What the wrapped model's prediction is multiplied by: 1 until enough was seen."""

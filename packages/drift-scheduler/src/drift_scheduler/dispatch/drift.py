@@ -237,15 +237,18 @@ def _temporal(
     weight: float,
 ) -> Option | None:
     """Decode, then the layers that leave time for the next decode step before the tightest token is late."""
-    t_decode = costs.decode(step.shape(), view.device.total_units)
-    layers = min(layers_in(view, costs, batch, target - t_decode), view.device.num_layers - batch.next_layer)
+    device = view.device
+    slow_prefill, slow_decode = costs.slowdown(batch.shape, step.shape(), device.all_decode)
+    solo_decode = costs.decode(step.shape(), device.total_units)
+    t_decode = solo_decode * slow_decode
+    fitting = layers_in(view, costs, batch, (target - t_decode) / slow_prefill)
+    layers = min(fitting, device.num_layers - batch.next_layer)
     if layers < 1:
         return None
-    total = view.device.num_layers
-    t_block = costs.prefill(batch.shape, view.device.total_units) * layers / total
-    gang = Gang(Sharing.TEMPORAL, view.device.all_decode, prefill=next_block(batch, layers), decode=step)
-    speedup = _per(t_decode + weight * t_block, t_decode + t_block + _launching(costs))
-    return Option(gang, speedup, True, t_decode)
+    solo_block = costs.prefill(batch.shape, device.total_units) * layers / device.num_layers
+    gang = Gang(Sharing.TEMPORAL, device.all_decode, prefill=next_block(batch, layers), decode=step)
+    seconds = t_decode + solo_block * slow_prefill + _launching(costs)
+    return Option(gang, _per(solo_decode + weight * solo_block, seconds), True, t_decode)
 
 
 def _fused(
@@ -254,9 +257,10 @@ def _fused(
     """One pass over decode and the number of prompt tokens within the budget that pays most."""
     units, total = view.device.total_units, batch.shape.new_tokens
     decode, launch = step.shape(), _launching(costs)
+    slow = max(costs.slowdown(batch.shape, decode, view.device.all_decode))
 
     def seconds(tokens: int) -> float:
-        return costs.fused(_front(batch, tokens)[1], decode, units) + launch
+        return costs.fused(_front(batch, tokens)[1], decode, units) * slow + launch
 
     most = _largest_within(seconds, total, budget)
     if most is None:
