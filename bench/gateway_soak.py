@@ -8,6 +8,8 @@ the client had it (both clocks are CLOCK_MONOTONIC), tokens per second, CPU time
 The echo sends the same tokens in messages as large as the gateway's turned out to be in the round before it, so that
 both were coalesced alike. The gateway serves `--minutes` in all, in `--rounds` parts; the echo has a quarter of it.
 Last, both are asked for more than they can send (steps of 1 ms), for their most tokens per second.
+The client speaks just the HTTP/2 it needs (`gateway_parts.calls`): with a grpc.aio client on the same cores it was the
+client that was measured.
 """
 
 from __future__ import annotations
