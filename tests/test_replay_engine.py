@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from drift_core.engine import Engine, EngineConfig
+from drift_core.engine import EngineConfig
 from drift_core.frames import Submit
 from drift_core.sampling_params import SamplingParams
+from drift_core.starting import start_engine
 from drift_kernels.affinity import CpuAffinity
 from drift_scheduler.cost.table import CostTable, DecodeRow, PrefillRow, write_table
 from drift_scheduler.domain import Finished, Step
@@ -49,7 +50,7 @@ def table(path: Path) -> Path:
 
 def served(config: EngineConfig) -> None:
     """Requests whose prompts begin alike, some of which quote an earlier answer."""
-    engine = Engine.start(config)
+    engine = start_engine(config)
     ended = threading.Semaphore(0)
     tokens: dict[str, list[int]] = {}
 

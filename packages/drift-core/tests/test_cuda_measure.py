@@ -11,13 +11,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from drift_core.assembly import Setup, measured_costs, weights_on
+from drift_core.assembly import weights_on
+from drift_core.costs import measured_costs
 from drift_core.cuda import estimates
 from drift_core.cuda.assembly import CudaOptions, plan_memory
 from drift_core.cuda.device import Place, Work
 from drift_core.cuda.measure import plan_grid
 from drift_core.cuda.stub import StubDevice
-from drift_core.engine import engine_config
+from drift_core.engine import Setup, engine_config
 from drift_core.model.config import load_config, model_directory, shape_config
 from drift_scheduler.cli import drift
 from drift_scheduler.cost.fitted import FittedCost
@@ -166,10 +167,10 @@ def test_without_a_profile_a_gpus_costs_are_a_gpus(
 
 
 def test_a_load_format_that_is_none_is_refused() -> None:
-    from drift_core.engine import Engine
+    from drift_core.starting import start_engine
 
     with pytest.raises(DriftError, match="gguf"):
-        Engine.start(engine_config(model="demo", device="cpu", load_format="gguf", profile="none"))
+        start_engine(engine_config(model="demo", device="cpu", load_format="gguf", profile="none"))
 
 
 @pytest.mark.parametrize("command", ["generate", "profile", "serve"])
@@ -225,7 +226,7 @@ def test_weights_go_straight_to_their_device(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 def test_without_a_device_the_engine_says_so_in_one_line() -> None:
-    from drift_core.engine import Engine
+    from drift_core.starting import start_engine
 
     with pytest.raises(DriftError, match="no CUDA device"):
-        Engine.start(engine_config(model="random:llama-3.1-8b", device="cuda", profile="none"))
+        start_engine(engine_config(model="random:llama-3.1-8b", device="cuda", profile="none"))

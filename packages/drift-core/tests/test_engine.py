@@ -16,6 +16,7 @@ import transformers
 from drift_core.engine import Engine, EngineConfig, engine_config
 from drift_core.frames import Submit
 from drift_core.sampling_params import SamplingParams
+from drift_core.starting import start_engine
 from drift_scheduler.dispatch.exclusive import exclusive_decode, exclusive_prefill
 from drift_scheduler.dispatch.prompts import new_batch, next_block, whole_prompts
 from drift_scheduler.domain import Accepted, Finished, FinishReason, Gang, Sharing, Step, Tokens
@@ -131,7 +132,7 @@ def serving(directory: Path) -> Iterator[Callable[..., Session]]:
     sessions: list[Session] = []
 
     def start(policy: DispatchPolicy | None = None, **fields: Any) -> Session:
-        engine = Engine.start(config(directory, **fields))
+        engine = start_engine(config(directory, **fields))
         if policy is not None:
             old = engine.scheduler
             engine.scheduler = Scheduler(
@@ -387,7 +388,7 @@ def test_an_id_in_use_is_refused(serving: Callable[..., Session]) -> None:
 def test_bad_configuration_is_one_clear_line(directory: Path, fields: dict[str, Any], message: str) -> None:
     before = threading.active_count()
     with pytest.raises(DriftError, match=message) as caught:
-        Engine.start(config(directory, **fields))
+        start_engine(config(directory, **fields))
     assert "\n" not in str(caught.value)
     assert threading.active_count() == before, "something is half-started"
 
@@ -398,13 +399,13 @@ def test_without_a_wish_the_context_is_what_memory_holds(
     page = 2 * 5 * 16 * 2 * 8 * 4
     monkeypatch.setattr("drift_core.assembly.available_bytes", lambda: 4 * 10 * page)  # a quarter is 10 pages
     monkeypatch.setattr("drift_core.assembly.check_weights_fit", lambda *rest: None)
-    engine = Engine.start(config(directory))
+    engine = start_engine(config(directory))
     engine.close()
     assert (engine.max_context, engine.executor.plan.num_pages) == (160, 10)
     with pytest.raises(DriftError, match="less than one request of 256"):
-        Engine.start(config(directory, max_context=256))
+        start_engine(config(directory, max_context=256))
     with pytest.raises(DriftError, match="too little memory: a KV budget of"):
-        Engine.start(config(directory, kv_memory_bytes=41 * page))
+        start_engine(config(directory, kv_memory_bytes=41 * page))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
@@ -412,14 +413,14 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
 ) -> None:
     monkeypatch.setattr("drift_core.assembly.available_bytes", lambda: 1000)
     with pytest.raises(DriftError, match=r"too little memory: the weights of .* take .* KiB, and 1000 bytes"):
-        Engine.start(config(directory))
+        start_engine(config(directory))
 
 
 def test_a_corrupt_checkpoint_is_named(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{bad")
     with pytest.raises(DriftError, match=r"model\.safetensors is corrupt"):
-        Engine.start(config(tmp_path))
+        start_engine(config(tmp_path))
 
 
 def test_the_decision_log_is_written(serving: Callable[..., Session], tmp_path: Path) -> None:

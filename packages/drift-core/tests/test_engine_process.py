@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from drift_core.engine import EngineConfig, engine_config, run_engine
+from drift_core.engine import EngineConfig, engine_config
+from drift_core.engine_process import run_engine
 from drift_core.frames import Ready, Starting, StepFrame, Submit
 from drift_core.link import EngineClient, EngineFailed, Submission
 from drift_core.sampling_params import SamplingParams

@@ -11,11 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from drift_core import assembly, profile_cache
+from drift_core import costs, profile_cache
 from drift_core.assembly import cpu_executor
 from drift_core.cli import profile as profile_command
-from drift_core.composition import Setup
-from drift_core.engine import engine_config
+from drift_core.engine import Setup, engine_config
 from drift_core.executor import CpuExecutor
 from drift_core.kv import PoolPlan
 from drift_core.model.config import ModelConfig, Rope
@@ -127,7 +126,7 @@ def test_a_kept_profile_is_believed_as_long_as_it_is_true(
     setup = Setup(engine_config(model="tiny", max_running=4), MODEL, tmp_path, lambda phase, fraction: None)
     for factor, runs in ((1.0, 1), (1.0, 1), (1.3, 1), (3.0, 2), (0.2, 3)):
         counting.factor = factor
-        assert assembly._table(setup, counting) == table  # type: ignore[arg-type]
+        assert costs._table(setup, counting) == table  # type: ignore[arg-type]
         assert counting.full_runs == runs
 
 

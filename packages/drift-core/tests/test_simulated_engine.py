@@ -146,8 +146,9 @@ def test_what_cannot_be_simulated_is_said_in_one_line(spec: str, says: str) -> N
 
 def test_its_process_loads_no_torch() -> None:
     program = (
-        "import sys; from drift_core.engine import Engine, engine_config; import drift_core.engine_process; "
-        "Engine.start(engine_config(model='demo', device='simulated')); print('torch' in sys.modules)"
+        "import sys; from drift_core.engine import engine_config; "
+        "from drift_core.starting import start_engine; import drift_core.engine_process; "
+        "start_engine(engine_config(model='demo', device='simulated')); print('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], check=False, capture_output=True, text=True, timeout=PATIENCE_S

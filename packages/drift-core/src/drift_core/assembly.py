@@ -1,4 +1,4 @@
-"""The CPU executor from an EngineConfig: weights, KV pool, cores; and the cost tables of executors that are measured.
+"""The CPU executor from an EngineConfig: weights, KV pool, cores.
 
 Knows nothing of sockets, clients or policies; `drift_core.composition` puts the engine together.
 """
@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
 import torch
 
-from drift_core import profile, profile_cache
-from drift_core.composition import Setup, build_executor, installed_registry
-from drift_core.engine import EngineConfig, ModelExecutor, Progress
+from drift_core.engine import EngineConfig, Setup
 from drift_core.executor import CpuExecutor
 from drift_core.kv import PagedKv, PoolPlan, plan_pool, pool_pages
 from drift_core.lanes import Pin
@@ -23,18 +20,10 @@ from drift_core.model.weights import DTYPES, Weights, load_weights, random_weigh
 from drift_core.sequences import SequenceTable
 from drift_kernels.affinity import CpuAffinity
 from drift_kernels.ops import Ops, select_ops
-from drift_scheduler.cost.fitted import FittedCost
-from drift_scheduler.cost.hardware import ModelSpec, device_spec
-from drift_scheduler.cost.roofline import RooflineCost
-from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import DIVIDING, Device, Lane, Partition, Sharing
 from drift_scheduler.errors import DriftError, UnknownNameError
-from drift_scheduler.protocols import CostModel
 
 log = logging.getLogger("drift.engine")
-
-SPOT_TOLERANCE = 1.5
-"""A kept profile whose times are off by more than this factor is measured again."""
 
 
 def build_cpu(setup: Setup) -> CpuExecutor:
@@ -105,34 +94,11 @@ def pin_with(affinity: CpuAffinity) -> Pin:
     return pin
 
 
-def measure_table(config: EngineConfig, progress: Progress, *, full: bool) -> CostTable:
-    """Load what `config` names and profile it, without serving. Raises DriftError."""
-    registry = installed_registry()
-    setup, executor = build_executor(config, registry, progress)
-    try:
-        return _measure(setup, executor, full=full)
-    finally:
-        executor.close()
-
-
 def _pin_nowhere(lane: Lane, partition: Partition) -> None:
     """Leave the thread where it is."""
 
 
 # ---------------------------------------------------------------------------------------------- choices
-
-
-def _measure(setup: Setup, executor: ModelExecutor, *, full: bool) -> CostTable:
-    running = setup.config.max_running
-    own = getattr(executor, "plan_grid", None)  # of executors whose devices are nothing like CPU cores
-    if own is not None:
-        grid = own(max_running=running, full=full)
-    else:
-        grid = profile.plan_grid(
-            executor.device, max_context=executor.plan.max_context, max_running=running, full=full
-        )
-    setup.progress("profile", 0.0)
-    return executor.profile(grid, setup.config.model, lambda fraction: setup.progress("profile", fraction))
 
 
 def _affinity(cores: int | None) -> CpuAffinity:
@@ -168,65 +134,3 @@ def _plan(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_cont
         )  # fmt: skip
         max_context = fitting
     return plan_pool(budget, page, config.page_tokens, max_context)
-
-
-def measured_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
-    """A fit of the short profile, or without one an estimate. Raises DriftError."""
-    if setup.config.profile == "none":
-        return _estimated_costs(setup, executor)
-    return FittedCost(_table(setup, executor))
-
-
-def _table(setup: Setup, executor: ModelExecutor) -> CostTable:
-    """The short profile: from an earlier start with everything alike, or measured now and kept."""
-    place = profile_cache.place(*executor.identity)
-    table = profile_cache.find(place)
-    if table is not None and _still_true(table, setup, executor):
-        log.info("profile: taken from %s", place)
-        return table
-    table = _measure(setup, executor, full=False)
-    if profile_cache.keep(table, place):
-        log.info("profile: measured, kept in %s", place)
-    return table
-
-
-def _still_true(table: CostTable, setup: Setup, executor: ModelExecutor) -> bool:
-    """Whether two of a kept table's times are what they are now: it may have been measured beside other work."""
-    total = executor.device.total_units
-    prefills = [row for row in table.prefill if row.units == total and row.requests == 1]
-    decodes = [row for row in table.decode if row.units == total]
-    if not prefills or not decodes:
-        return False
-    prefill, decode = prefills[0], decodes[-1]
-    grid = profile.spot_grid(
-        executor.device, prefill=(prefill.new, prefill.reused), decode=(decode.batch, decode.context_tokens)
-    )
-    now = executor.profile(grid, setup.config.model, lambda fraction: None)
-    ratios = (now.prefill[0].seconds / prefill.seconds, now.decode[0].seconds / decode.seconds)
-    return all(1 / SPOT_TOLERANCE <= ratio <= SPOT_TOLERANCE for ratio in ratios)
-
-
-def _estimated_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
-    """First principles, without a measurement: the right order of magnitude at best."""
-    model = setup.model
-    own = getattr(executor, "described", None)  # of executors whose devices are nothing like CPU cores
-    if own is not None:
-        spec = own()
-    else:
-        spec = msgspec.structs.replace(device_spec("cpu"), units=executor.device.total_units)
-    size = float(DTYPES[executor.dtype].itemsize)
-    described = ModelSpec(
-        name=setup.config.model,
-        num_layers=model.num_layers,
-        hidden=model.hidden_size,
-        heads=model.num_heads,
-        kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        intermediate=model.intermediate_size,
-        vocab=model.vocab_size,
-        tied_embeddings=model.tied_embeddings,
-        bytes_per_weight=size,
-        bytes_per_kv=size,
-        max_context=model.max_context,
-    )
-    return RooflineCost(spec, described)

@@ -133,7 +133,7 @@ def profile(
     from drift_kernels.process import prepare_process
 
     prepare_process()  # before the next line loads torch
-    from drift_core.assembly import measure_table
+    from drift_core.composition import measure_table
     from drift_core.engine import engine_config
     from drift_scheduler.cost.table import encode
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress
+from drift_core.engine import Engine, EngineConfig, ModelExecutor, Progress, Setup
 from drift_core.joining import Joining
-from drift_core.model.config import ModelConfig, load_config, model_directory
+from drift_core.model.config import load_config, model_directory
 from drift_scheduler import plugins
 from drift_scheduler.cost.fitted import FittedCost
-from drift_scheduler.cost.table import read_table
+from drift_scheduler.cost.table import CostTable, read_table
 from drift_scheduler.decision_log import DecisionLog
 from drift_scheduler.errors import DriftError, UnknownNameError
 from drift_scheduler.protocols import CostModel
@@ -30,26 +28,6 @@ from drift_scheduler.simulation.run import parse_choice
 log = logging.getLogger("drift.engine")
 
 LOAD_FORMATS: Final = ("auto", "dummy")
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What is settled before the model is loaded; executor factories (hook `drift_executors`) get it."""
-
-    config: EngineConfig
-    model: ModelConfig
-    directory: Path
-    progress: Progress
-
-    @property
-    def max_context(self) -> int:
-        """Tokens one request may have. Raises DriftError when more is asked for than the model has."""
-        wanted, most = self.config.max_context, self.model.max_context
-        if wanted is not None and wanted > most:
-            raise DriftError(
-                f"max_context {wanted} is more than the {most} tokens that {self.config.model} was made for"
-            )
-        return most if wanted is None else wanted
 
 
 def assemble(config: EngineConfig, progress: Progress) -> Engine:
@@ -77,6 +55,18 @@ def assemble(config: EngineConfig, progress: Progress) -> Engine:
     except BaseException:
         executor.close()
         raise
+
+
+def measure_table(config: EngineConfig, progress: Progress, *, full: bool) -> CostTable:
+    """Load what `config` names and profile it, without serving. Raises DriftError."""
+    from drift_core.costs import measure
+
+    registry = installed_registry()
+    setup, executor = build_executor(config, registry, progress)
+    try:
+        return measure(setup, executor, full=full)
+    finally:
+        executor.close()
 
 
 def _joining(setup: Setup) -> Joining:
@@ -140,6 +130,6 @@ def _own_costs(setup: Setup, executor: ModelExecutor) -> CostModel:
     costs: CostModel | None = getattr(executor, "costs", None)
     if costs is not None:
         return costs
-    from drift_core.assembly import measured_costs
+    from drift_core.costs import measured_costs
 
     return measured_costs(setup, executor)

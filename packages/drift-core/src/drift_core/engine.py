@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -19,7 +19,6 @@ import msgspec
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingParams, Structured
-from drift_kernels.process import prepare_process
 from drift_scheduler.domain import SLO, Event, FinishReason, PrefillShape, Request, RequestCancelled, Step
 from drift_scheduler.errors import DriftError
 from drift_scheduler.loop import serve
@@ -90,6 +89,26 @@ def engine_config(**fields: Any) -> EngineConfig:
         raise DriftError(f"engine option {where.rstrip('`')}: {message}" if where else str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is settled before the model is loaded; executor factories (hook `drift_executors`) get it."""
+
+    config: EngineConfig
+    model: ModelConfig
+    directory: Path
+    progress: Progress
+
+    @property
+    def max_context(self) -> int:
+        """Tokens one request may have. Raises DriftError when more is asked for than the model has."""
+        wanted, most = self.config.max_context, self.model.max_context
+        if wanted is not None and wanted > most:
+            raise DriftError(
+                f"max_context {wanted} is more than the {most} tokens that {self.config.model} was made for"
+            )
+        return most if wanted is None else wanted
+
+
 class ModelExecutor(Executor, Protocol):
     """What the engine needs of an executor beyond what the scheduler does; factories of `drift_executors` make it."""
 
@@ -155,16 +174,6 @@ class Engine:
         self._arriving = threading.Lock()
         if decisions is not None:
             self._observers.append(decisions)
-
-    @classmethod
-    def start(cls, config: EngineConfig, progress: Progress = lambda phase, fraction: None) -> Engine:
-        """Load the model, allocate the KV pool, profile, warm up. Raises DriftError on whatever is wrong."""
-        warning = prepare_process()  # before torch loads
-        if warning is not None:
-            log.warning(warning)
-        from drift_core.composition import assemble
-
-        return assemble(config, progress)
 
     @property
     def max_context(self) -> int:
@@ -330,16 +339,3 @@ def _unheard(error: DriftError) -> None:
 
 def _dropped(observer: Observer, error: Exception) -> None:
     log.error("observer %s raised and was dropped", type(observer).__name__, exc_info=error)
-
-
-def run_engine(config: EngineConfig | Mapping[str, Any], socket_path: str) -> None:
-    """Body of the spawned engine process: connect, start, serve until the gateway is gone or says so.
-
-    Exits with code 2 when what it was asked to serve is at fault; the gateway has been told in a `Failed` frame.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
-    prepare_process()  # before the next line loads torch
-    from drift_core.engine_process import serve_socket
-
-    settings = config if isinstance(config, EngineConfig) else engine_config(**config)
-    serve_socket(settings, socket_path)

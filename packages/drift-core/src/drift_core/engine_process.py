@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
-from drift_core.engine import Engine, EngineConfig
+from drift_core.engine import Engine, EngineConfig, engine_config
 from drift_core.frames import (
     AcceptedItem,
     Answer,
@@ -40,6 +41,8 @@ from drift_core.lanes_now import LanesNow
 from drift_core.link import EngineLink
 from drift_core.operations import Operations
 from drift_core.origins import IdInUseError, Origin, Origins
+from drift_core.starting import start_engine
+from drift_kernels.process import prepare_process
 from drift_scheduler.domain import Accepted, Finished, FinishReason, Lane, Nudged, Step, Tokens
 from drift_scheduler.errors import DriftError
 
@@ -49,6 +52,17 @@ EXIT_AFTER_S = 5.0
 """How long an engine outlives its gateway at most."""
 
 
+def run_engine(config: EngineConfig | Mapping[str, Any], socket_path: str) -> None:
+    """Body of the spawned engine process: connect, start, serve until the gateway is gone or says so.
+
+    Exits with code 2 when what it was asked to serve is at fault; the gateway has been told in a `Failed` frame.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the gateway's to handle
+    prepare_process()
+    settings = config if isinstance(config, EngineConfig) else engine_config(**config)
+    serve_socket(settings, socket_path)
+
+
 def serve_socket(config: EngineConfig, socket_path: str) -> None:
     """Start an engine and serve the gateway that listens at `socket_path`. Ends the process on a fault."""
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
@@ -56,7 +70,7 @@ def serve_socket(config: EngineConfig, socket_path: str) -> None:
     link = EngineLink(socket_path, session.receive, session.gateway_gone, EXIT_AFTER_S)
     session.link = link
     try:
-        engine = Engine.start(config, lambda phase, fraction: link.send(Starting(phase, fraction)))
+        engine = start_engine(config, lambda phase, fraction: link.send(Starting(phase, fraction)))
     except DriftError as error:
         _give_up(session, Failed(str(error)), 2)
     except Exception as error:

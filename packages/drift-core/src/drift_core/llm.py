@@ -21,6 +21,7 @@ from drift_core.engine import Engine, Progress, engine_config
 from drift_core.frames import Submit, TokenLogprob
 from drift_core.model.config import model_directory
 from drift_core.sampling_params import SamplingParams
+from drift_core.starting import start_engine
 from drift_core.tokenizer import IncrementalDetokenizer, Tokenizer
 from drift_scheduler.domain import Finished, FinishReason, Output, RequestTiming, Step, Tokens
 from drift_scheduler.errors import DriftError
@@ -109,7 +110,7 @@ class LLM:
         **options: Any,
     ) -> None:
         config = engine_config(model=model, device=device, dtype=dtype, dispatch=dispatch, **options)
-        self._engine = Engine.start(config, progress)
+        self._engine = start_engine(config, progress)
         try:
             self.tokenizer = Tokenizer.load(model_directory(model))
         except BaseException:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from drift_scheduler.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from drift_core.composition import Setup
     from drift_core.cuda.executor import CudaExecutor
+    from drift_core.engine import Setup
     from drift_core.executor import CpuExecutor
     from drift_core.simulated import RealTimeExecutor
     from drift_kernels.affinity import CpuAffinity

@@ -48,7 +48,7 @@ from drift_scheduler.protocols import CostModel
 from drift_scheduler.simulation.executor import Overheads, SimulatedExecutor
 
 if TYPE_CHECKING:
-    from drift_core.composition import Setup
+    from drift_core.engine import Setup
     from drift_core.profile import Grid
     from drift_core.structured import Matcher
     from drift_scheduler.cost.table import CostTable

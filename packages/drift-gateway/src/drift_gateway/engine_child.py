@@ -9,7 +9,8 @@ import sys
 
 import msgspec
 
-from drift_core.engine import EngineConfig, run_engine
+from drift_core.engine import EngineConfig
+from drift_core.engine_process import run_engine
 
 
 def main() -> None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from drift_core.assembly import weights_on
-from drift_core.composition import Setup
 from drift_core.cuda.device import Partitions
 from drift_core.cuda.executor import CudaExecutor
 from drift_core.cuda.kernels import Shape, TritonKernels
 from drift_core.cuda.torch_cuda import TorchCuda
+from drift_core.engine import Setup
 from drift_core.kv import PagedKv, PoolPlan, plan_pool, pool_pages
 from drift_core.memory import check_weights_fit, readable
 from drift_core.model.config import ModelConfig
