@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -269,6 +271,22 @@ def test_a_failure_waits_for_what_is_being_passed_on_and_its_own_failure_is_rais
             await world.tasks[0]
         with pytest.raises(OSError, match="no way"):
             await world.tasks[1]
+
+    run(body)
+
+
+def test_one_that_was_left_is_gone_without_a_look_for_garbage() -> None:
+    async def body(world: World) -> None:
+        submission = Submission(world.forget, world.turns, ["a"], 0.1)
+        submission.short_cut(lambda: bool(submission.requests))  # noqa: F821  # deleted below
+        seen = weakref.ref(submission)
+        submission.cancel()
+        gc.disable()
+        try:
+            del submission
+            assert seen() is None
+        finally:
+            gc.enable()
 
     run(body)
 

@@ -273,6 +273,7 @@ class Submission:
     def cancel(self) -> None:
         """Cancel those that have not ended, and hear no more of any."""
         self._left = True
+        self._pass_on = None  # which refers to this, with all its tokens' times
         self._drop()
 
     def notify(self, urgent: bool = False) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from typing import Final
 
-THRESHOLDS: Final = (20_000, 20, 20)
+THRESHOLDS: Final = (5_000, 20, 20)
 """Of allocations before the youngest objects are looked at, and of looks at one generation before the next older one.
 Calls that ended with an error leave cycles (tracebacks), so there is a look at all that is young now and then."""
 
