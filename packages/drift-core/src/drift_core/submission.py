@@ -63,12 +63,13 @@ class Columns:
     the processor's caches.
     """
 
-    __slots__ = ("_members", "_rows", "_start", "_times")
+    __slots__ = ("_members", "_micros", "_rows", "_start", "_times")
 
     def __init__(self) -> None:
         self._members: list[Progress] = []
         self._rows: list[list[int]] = []
         self._times: list[float] = []
+        self._micros: list[int] = []  # the same in whole microseconds
         self._start = 0  # steps that were there before the first row
 
     @property
@@ -86,6 +87,7 @@ class Columns:
         """One step's tokens."""
         self._rows.append(token_ids)
         self._times.append(now)
+        self._micros.append(int(now * 1e6))
         if len(self._rows) >= MAX_ROWS:
             self.settle()
 
@@ -96,12 +98,18 @@ class Columns:
         self._start += len(self._rows)
         self._rows.clear()
         self._times.clear()
+        self._micros.clear()
 
     def since(self, step: int, place: int) -> tuple[list[int], list[float]]:
         """What is at a place of the rows from a step on, and their times."""
         start = step - self._start
         rows = self._rows[start:] if start else self._rows
         return [row[place] for row in rows], self._times[start:]
+
+    def micros_since(self, step: int) -> list[int]:
+        """Those times in whole microseconds, reckoned once for all readers."""
+        start = step - self._start
+        return self._micros[start:] if start else self._micros.copy()
 
     def time_of(self, step: int) -> float:
         """Of a step from which on there are rows."""
@@ -123,6 +131,7 @@ class Progress:
         "finished",
         "id",
         "logprobs",
+        "micros",
         "times",
         "token_ids",
     )
@@ -132,6 +141,8 @@ class Progress:
         self.accepted: AcceptedItem | None = None
         self.token_ids: list[int] = []
         self.times: list[float] = []
+        self.micros: list[int] | None = None
+        """The times taken last, in whole microseconds, where they were known."""
         self.logprobs: list[TokenLogprob | None] | None = None
         self.finished: FinishedItem | None = None
         self._columns: Columns | None = None
@@ -165,10 +176,12 @@ class Progress:
         columns = self._columns
         if not self.token_ids and columns is not None:
             token_ids, times = columns.since(self._step, self._place)
+            self.micros = columns.micros_since(self._step)
             self._step = columns.steps
             self.times += times
             return token_ids, times, None
         self.settle()
+        self.micros = None
         token_ids, self.token_ids = self.token_ids, []
         if not token_ids:
             return token_ids, [], None

@@ -68,6 +68,7 @@ class Output:
         self._detokenizer = detokenizer
         self._stops = stops and detokenizer is not None
         self._arrival = arrival
+        self._arrival_us = int(arrival * 1e6)
         self._slo = slo
         self._predicted_ttft = predicted_ttft
         self._split = split
@@ -152,9 +153,10 @@ class Output:
         delta.sequence = self._sequence
         delta.text = text
         delta.token_ids.extend(token_ids)
-        if len(times) > len(token_ids):
-            times = times[: len(token_ids)]
-        delta.offsets_us.extend([int((at - arrival) * 1e6) if at > arrival else 0 for at in times])
+        micros, begun = self.progress.micros, self._arrival_us
+        if not micros or micros[0] < begun:
+            micros = [int(max(at, arrival) * 1e6) for at in times]
+        delta.offsets_us.extend([at - begun for at in micros[: len(token_ids)]])
         if logprobs is not None:
             delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
         self._sequence += 1
