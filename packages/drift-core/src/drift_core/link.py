@@ -49,7 +49,7 @@ READ_BYTES: Final = 256 * 1024
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
 """Frames kept for a gateway that does not read; past it the gateway counts as gone."""
 
-ITEMS_PER_LOOK: Final = 16
+ITEMS_PER_LOOK: Final = 64
 """After so many items of tokens readers that are busy are looked at, whether they lag."""
 
 EXIT_STATUS_ORPHANED: Final = 70

@@ -28,7 +28,7 @@ with tokens written in the turn itself they wait as long at 6 as at 2 (3 ms), fo
 SHARE_OF_TBT: Final = 0.25
 """Of a request's TBT target, what its tokens may wait for others' before they are the more urgent ones."""
 
-MAX_ROWS: Final = 64
+MAX_ROWS: Final = 256
 """Steps whose tokens are kept for readers that are late, before each gets its own for itself."""
 
 LONGEST_HOLD_S: Final = 0.05
@@ -125,6 +125,7 @@ class Progress:
 
     __slots__ = (
         "_columns",
+        "_own_micros",
         "_place",
         "_step",
         "accepted",
@@ -141,8 +142,9 @@ class Progress:
         self.accepted: AcceptedItem | None = None
         self.token_ids: list[int] = []
         self.times: list[float] = []
-        self.micros: list[int] | None = None
-        """The times taken last, in whole microseconds, where they were known."""
+        self.micros: list[int] = []
+        """The times of the tokens taken last, in whole microseconds."""
+        self._own_micros: list[int] = []  # of `token_ids`
         self.logprobs: list[TokenLogprob | None] | None = None
         self.finished: FinishedItem | None = None
         self._columns: Columns | None = None
@@ -170,6 +172,7 @@ class Progress:
         self.settle()
         self.token_ids.append(token_id)
         self.times.append(now)
+        self._own_micros.append(int(now * 1e6))
 
     def take(self) -> tuple[list[int], list[float], list[TokenLogprob | None] | None]:
         """Token ids, times and log probabilities that came since the last call."""
@@ -181,8 +184,8 @@ class Progress:
             self.times += times
             return token_ids, times, None
         self.settle()
-        self.micros = None
         token_ids, self.token_ids = self.token_ids, []
+        self.micros, self._own_micros = self._own_micros, []
         if not token_ids:
             return token_ids, [], None
         logprobs, self.logprobs = self.logprobs, None
@@ -206,6 +209,7 @@ class Progress:
         if current is None or (columns is not None and columns is not current):
             return
         token_ids, times = current.since(self._step, self._place)
+        self._own_micros += current.micros_since(self._step)
         self._step += len(times)
         self.token_ids += token_ids
         self.times += times
@@ -409,7 +413,7 @@ class Turns:
     def __init__(self, at_once: int = TURNS_AT_ONCE) -> None:
         self.hold = 0.0
         self.idle: dict[Submission, None] = {}
-        """Readers that wait and are not queued."""
+        """Readers that wait, and neither have a turn to come nor tokens that are held."""
         self._at_once = at_once
         self._waiting: list[tuple[float, int, Submission]] = []
         self._count = 0
@@ -417,7 +421,8 @@ class Turns:
         self._waiting_since = 0.0
         self._step = 0.0  # when the latest step's news came
         self._interval = 0.0  # between it and the one before
-        self._held: dict[Submission, float] = {}
+        self._held: dict[Submission, float] = {}  # until when
+        self._held_by_time: list[tuple[float, int, Submission]] = []  # a heap; some are held no more, or anew
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, due: float, submission: Submission) -> None:
@@ -431,14 +436,18 @@ class Turns:
         """Whether its tokens can wait for the next step's; if so it is released by then, should no step come."""
         if until <= self._step + 2 * self._interval:
             return False
+        if self._held.get(submission) == until:
+            return True
         self._held[submission] = until
-        self.idle[submission] = None
+        self._count += 1
+        heappush(self._held_by_time, (until, self._count, submission))
         if self._timer is None:
             self._set_timer(until)
         return True
 
     def look(self) -> None:
-        """Tokens came: queue those that waited for some."""
+        """Tokens came: queue those that waited for some, or for what is held to be enough."""
+        self._let_held_go(self._step + 2 * self._interval)
         idle, self.idle = self.idle, {}
         for submission in idle:
             submission.look()
@@ -477,10 +486,17 @@ class Turns:
     def _release(self) -> None:
         self._timer = None
         now = time.monotonic()
-        for submission in [each for each, until in self._held.items() if until <= now]:
-            del self._held[submission]
-            submission.release()
-        if self._held:
-            self._set_timer(max(now + 0.001, min(self._held.values())))
+        self._let_held_go(now)
+        if self._held_by_time:
+            self._set_timer(max(now + 0.001, self._held_by_time[0][0]))
         if self._waiting:
             self.soon()
+
+    def _let_held_go(self, by: float) -> None:
+        """Queue those whose tokens are held until then at most. Only these are looked at: hundreds may be held."""
+        held, by_time = self._held, self._held_by_time
+        while by_time and by_time[0][0] <= by:
+            until, _, submission = heappop(by_time)
+            if held.get(submission) == until:
+                del held[submission]
+                submission.release()

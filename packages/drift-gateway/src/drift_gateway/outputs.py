@@ -92,17 +92,17 @@ class Output:
         progress = self.progress
         if progress.finished is not None or not self._plain or progress.logprobs is not None:
             return None
-        token_ids, times, _ = progress.take()
+        token_ids, _, _ = progress.take()
         if not token_ids:
             return None
         self._kept += len(token_ids)
-        return self._delta("" if self._push is None else self._push(token_ids), token_ids, times, None)
+        return self._delta("" if self._push is None else self._push(token_ids), token_ids, None)
 
     def _advance(self, finished: FinishedItem | None, gateway_seconds: float) -> list[pb.GenerateResponse]:
         """Whatever comes: stop strings, log probabilities, the end."""
         noticed = time.monotonic()
         messages = []
-        token_ids, times, logprobs = self.progress.take()
+        token_ids, _, logprobs = self.progress.take()
         text = ""
         if self._stop_string is not None:
             token_ids = []  # the engine was not told in time
@@ -114,7 +114,7 @@ class Output:
             self._stop_string = self._detokenizer.stopped
         if token_ids or text:
             self._kept += len(token_ids)
-            messages.append(self._delta(text, token_ids, times, logprobs))
+            messages.append(self._delta(text, token_ids, logprobs))
         if finished is not None:
             self.ended = True
             messages.append(self._finished(finished, gateway_seconds + time.monotonic() - noticed))
@@ -142,21 +142,20 @@ class Output:
         self,
         text: str,
         token_ids: Sequence[int],
-        times: Sequence[float],
         logprobs: Sequence[TokenLogprob | None] | None,
     ) -> pb.GenerateResponse:
         """Filled in place: a message made apart and then copied into the response costs half as much again."""
         response = pb.GenerateResponse()
-        delta, arrival = response.token_delta, self._arrival
+        delta = response.token_delta
         if self.index:
             delta.output_index = self.index
         delta.sequence = self._sequence
         delta.text = text
         delta.token_ids.extend(token_ids)
-        micros, begun = self.progress.micros, self._arrival_us
-        if not micros or micros[0] < begun:
-            micros = [int(max(at, arrival) * 1e6) for at in times]
-        delta.offsets_us.extend([at - begun for at in micros[: len(token_ids)]])
+        micros, begun = self.progress.micros[: len(token_ids)], self._arrival_us
+        if micros and micros[0] < begun:
+            micros = [max(at, begun) for at in micros]
+        delta.offsets_us.extend([at - begun for at in micros])
         if logprobs is not None:
             delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
         self._sequence += 1
