@@ -22,8 +22,8 @@ from drift_scheduler.errors import DriftError
 
 TURNS_AT_ONCE: Final = 6
 """Readers let go in one pass of the event loop. gRPC needs several passes to take one new call, so short ones let calls
-in under load. When each turn woke a task, refusals waited seconds at 12 a pass on a busy machine and 6 ms (p50) at 2;
-with tokens written in the turn itself they wait as long at 6 as at 2 (3 ms), for 10% less time per message."""
+in under load: `bench/rejections.py` under streams shows how long refusals wait. With tokens written in the turn itself
+they wait about as long at 6 as at 2 with 256 streams, for less time per message."""
 
 SHARE_OF_TBT: Final = 0.25
 """Of a request's TBT target, what its tokens may wait for others' before they are the more urgent ones."""
@@ -59,8 +59,8 @@ class Columns:
     """Tokens of requests that get one each at every step, for as long as they are the same requests.
 
     A step's token ids stay the one list that came, and its time is kept once: whoever reads takes its own place out of
-    each when it is its turn. Telling 512 requests of a token one by one takes 80 us, and 300 when other processes have
-    the processor's caches.
+    each when it is its turn. Telling hundreds of requests of a token one by one would take longer than all else that a
+    step brings.
     """
 
     __slots__ = ("_members", "_micros", "_rows", "_start", "_times")
