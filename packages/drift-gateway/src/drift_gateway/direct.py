@@ -1,8 +1,8 @@
 """Messages written to a call without a task's being woken for each.
 
 A task that awaits news, and then `context.write`, is resumed twice for each message, through every generator between
-it and the news, which costs about as much as gRPC itself. Here the coroutine of `write` is run by hand until it waits for
-gRPC, and finished when gRPC is. Knows nothing of what is written.
+it and the news, which costs about as much as gRPC itself. Here the coroutine of `write` is run by hand until it waits
+for gRPC, and finished when gRPC is. Knows nothing of what is written.
 """
 
 from __future__ import annotations
