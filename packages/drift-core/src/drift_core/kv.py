@@ -284,12 +284,6 @@ class PagedKv:
                 del self._unpublished[request_id]
         return published
 
-    def _settle_one(self, request_id: str) -> None:
-        """Publish what was put off of one request."""
-        stop = self._unpublished.pop(request_id, None)
-        if stop is not None:
-            self._publish(self._held[request_id], stop)
-
     def _publish(self, held: _Held, stop: int) -> None:
         """Publish the first `stop` pages, as far as that is still to be done."""
         self._hash_up_to(held.chain, stop)
@@ -303,7 +297,7 @@ class PagedKv:
     def release(self, request_id: str) -> None:
         """Drop every reference of the request; published pages stay cached until evicted."""
         held = self._holder(request_id)
-        self._settle_one(request_id)
+        self.settle()
         del self._held[request_id]
         refs, hash_of, empty, idle = self._refs, self._hash_of, self._empty, self._idle
         for page in reversed(held.pages):  # `idle.update` takes four times as long
@@ -384,6 +378,7 @@ class PagedKv:
 
     def _match(self, chain: _Chain, known_tokens: int) -> list[int]:
         """Published pages of the leading tokens that lie within `known_tokens - 1` positions."""
+        self.settle()
         limit = (known_tokens - 1) // self.page_tokens
         published, hashes = self._published, chain.hashes
         matched: list[int] = []
@@ -391,29 +386,10 @@ class PagedKv:
             if index == len(hashes):  # twice as far each time: whoever matches so much will need the rest
                 self._hash_up_to(chain, min(limit, 2 * index + 1))
             page = published.get(hashes[index])
-            if page is None and self._unpublished:
-                self._settle_alike(chain, index)
-                page = published.get(hashes[index])
             if page is None:
                 break
             matched.append(page)
         return matched
-
-    def _settle_alike(self, chain: _Chain, index: int) -> None:
-        """Publish what was put off of requests that may hold page `index` of the chain: they begin as it does."""
-        for request_id, stop in list(self._unpublished.items()):
-            held = self._held[request_id]
-            known = held.chain.hashes
-            if not held.committed <= index < stop:
-                continue
-            if index < len(known):
-                alike = known[index] == chain.hashes[index]
-            elif known:
-                alike = known[-1] == chain.hashes[len(known) - 1]
-            else:
-                alike = held.chain.root == chain.root
-            if alike:
-                self._settle_one(request_id)
 
     def _hash_up_to(self, chain: _Chain, pages: int) -> None:
         """Make the hashes of the first `pages` pages known: each of its parent's hash and its own tokens."""
