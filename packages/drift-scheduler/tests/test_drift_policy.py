@@ -233,6 +233,20 @@ def test_prompts_go_by_deadline_and_those_that_cannot_make_it_last_shortest_firs
     assert [chunk.request_id for chunk in gang.prefill.chunks] == ["short", "later", "lost", "long"]
 
 
+@pytest.mark.parametrize(("fixed", "tokens"), [(0.0, 4000), (0.001, 4000), (0.010, 8000)])
+def test_batches_are_larger_where_a_pass_costs_much_whatever_its_tokens(fixed: float, tokens: int) -> None:
+    """A pass over 4096 tokens takes 82 ms without the fixed part."""
+
+    class Passes(Reckoned):
+        def prefill(self, work: PrefillShape, units: int) -> float:
+            return super().prefill(work, units) + fixed
+
+    queue = [prompt(f"p{i}", 500) for i in range(20)]
+    gang = choose(Picture(queue, num_decoding=0), Passes())
+    assert gang.prefill is not None
+    assert gang.prefill.shape().new_tokens == tokens
+
+
 def test_a_prompt_under_way_is_not_overtaken_by_equals() -> None:
     """The one begun has little left and so the most slack; in turns, both would come late."""
     queue = [prompt("begun", 4000, arrival=99.0, computed=3900), prompt("next", 4000, arrival=99.5)]

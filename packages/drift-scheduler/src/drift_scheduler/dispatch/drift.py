@@ -49,6 +49,9 @@ from drift_scheduler.errors import OptionError, positive
 from drift_scheduler.protocols import CostModel, PartitionPolicy
 from drift_scheduler.view import View
 
+FIXED_SHARE = 0.02
+"""Of a prefill pass's time, what it may cost whatever its tokens before larger batches are worth their wait."""
+
 TILE = 64  # fused chunks are whole multiples of this, below which a matmul wastes its tiles
 
 
@@ -65,7 +68,8 @@ class Option:
 
 
 class DriftPolicy:
-    """`max_batch_tokens`: uncomputed tokens after which a prefill batch is full. `scan`: queued requests weighed at a
+    """`max_batch_tokens`: uncomputed tokens after which a prefill batch is full; twice as many where a pass of so many
+    still costs much apart from its tokens, as with tensor parallelism. `scan`: queued requests weighed at a
     time. `hysteresis`: by how much another sharing must be better to displace the one in use. `margin`: share
     of a TBT target that estimates may use. `prefill_weight`: what a second of prefill work counts against one of decode
     work; `urgent_weight`, not less: what it counts when the queue needs the whole device to keep its TTFT targets."""
@@ -179,8 +183,11 @@ class DriftPolicy:
         self._load = _load(view, costs, [(*item[3:], item[1]) for item in ranked if not item[0]])
         chunks: list[PrefillChunk] = []
         tokens, pages = 0, view.free_pages
+        most = self._max_tokens
         for _, _, _, _, waiting in ranked:
-            if chunks and (tokens + waiting.uncomputed > self._max_tokens or waiting.pages > pages):
+            if chunks and tokens + waiting.uncomputed > most == self._max_tokens:
+                most *= _batches_worth(costs, units, most)
+            if chunks and (tokens + waiting.uncomputed > most or waiting.pages > pages):
                 break
             chunks.append(PrefillChunk(waiting.request.id, waiting.computed, waiting.total))
             tokens += waiting.uncomputed
@@ -291,6 +298,14 @@ def _load(view: View, costs: CostModel, queue: Sequence[tuple[float, Waiting, fl
         work += took * shared
         load = max(load, _per(work, deadline - view.now))
     return load
+
+
+def _batches_worth(costs: CostModel, units: int, tokens: int) -> int:
+    """2 where two passes over so many tokens take notably longer than one over all, else 1."""
+    half = [(max(1, tokens // 8), 0)] * 4  # requests of some length: attention is the same in one pass or two
+    whole = costs.prefill(PrefillShape.of(half * 2), units)
+    fixed = 2 * costs.prefill(PrefillShape.of(half), units) - whole
+    return 2 if fixed > FIXED_SHARE * whole else 1
 
 
 def _sizes(most: int) -> list[int]:
