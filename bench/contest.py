@@ -130,8 +130,8 @@ def page(rows: Sequence[Row], grid: Grid, settings: Mapping[str, Any]) -> str:
         "Chunked prefill has its best token budget of eight in each cell. The other policies are "
         + ", ".join(f"`{p}`" for p in grid.file.policies if p not in ("drift", "chunked-prefill"))
         + ":",
-        f"each was asked whether it holds at 1 / {SHARE} of `drift`'s rate (or of an earlier `drift`'s, where lower); where",
-        "one does, the last column names it.",
+        f"each was asked whether it holds at 1 / {SHARE} of `drift`'s rate (or of an earlier `drift`'s, where lower);",
+        "where one does, the last column names it.",
         "",
     ]
     for system in grid.file.all_systems():
