@@ -17,6 +17,7 @@ from drift_core.frames import Submit
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.access.security import Security, SecurityOptions
 from drift_gateway.access.tenants import new_token, token_entry
+from drift_gateway.compat import vllm_engine
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
 from drift_gateway.compat.wire import vllm_engine_pb2_grpc
 
@@ -170,6 +171,36 @@ def test_abort_ends_a_request_by_its_name() -> None:
         assert complete.finish_reason == "abort"
 
     run(body, paused=True)
+
+
+def test_a_write_under_way_when_a_request_is_aborted_is_finished_first() -> None:
+    """gRPC takes no second message beside the first: the call would never end."""
+
+    async def body() -> None:
+        begun: list[vllm.GenerateResponse] = []
+        gone_out = asyncio.Event()
+
+        async def write(response: vllm.GenerateResponse) -> None:
+            begun.append(response)
+            await gone_out.wait()
+
+        messages = vllm_engine._Messages(write)
+        first, second = vllm.GenerateResponse(), vllm.GenerateResponse()
+        answering = asyncio.ensure_future(messages.write(first))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        answering.cancel()
+        await asyncio.wait((answering,))
+        assert answering.cancelled()
+        aborted = asyncio.ensure_future(messages.write(second))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(begun) == 1
+        gone_out.set()
+        await aborted
+        assert [id(response) for response in begun] == [id(first), id(second)]
+
+    asyncio.run(body())
 
 
 def test_leaving_the_stream_ends_the_request() -> None:
