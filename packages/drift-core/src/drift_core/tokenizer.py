@@ -63,11 +63,8 @@ class Tokenizer:
         self._special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
-        self._bytes: dict[int, bytes] = {}
-        self._texts = _WholeTexts(self, skip_special_tokens=False)
-        self._texts_shown = _WholeTexts(self, skip_special_tokens=True)
-        self._all_bytes = _TokenBytes(self, skip_special_tokens=False)
-        self._bytes_shown = _TokenBytes(self, skip_special_tokens=True)
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
+        self._bytes_shown: list[bytes | None] = [None] * self.vocab_size
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -130,21 +127,19 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
         """The bytes of one token of a byte-level vocabulary; none for skipped and unknown ones."""
-        if skip_special_tokens and token_id in self._special_ids:
+        table = self.known_bytes(skip_special_tokens)
+        if not 0 <= token_id < len(table):
             return b""
-        known = self._bytes.get(token_id)
+        known = table[token_id]
         if known is None:
-            token = self._backend.id_to_token(token_id)
-            known = self._bytes[token_id] = b"" if token is None else _byte_level_bytes(token)
+            skipped = skip_special_tokens and token_id in self._special_ids
+            token = None if skipped else self._backend.id_to_token(token_id)
+            known = table[token_id] = b"" if token is None else _byte_level_bytes(token)
         return known
 
-    def whole_texts(self, skip_special_tokens: bool = True) -> Mapping[int, str | None]:
-        """By id, the text of each token of a byte-level vocabulary that is whole characters; `None` for others."""
-        return self._texts_shown if skip_special_tokens else self._texts
-
-    def bytes_by_id(self, skip_special_tokens: bool = True) -> Mapping[int, bytes]:
-        """By id, `token_bytes`."""
-        return self._bytes_shown if skip_special_tokens else self._all_bytes
+    def known_bytes(self, skip_special_tokens: bool = True) -> list[bytes | None]:
+        """By id, what `token_bytes` gave for each token so far; `None` for those it was not asked for."""
+        return self._bytes_shown if skip_special_tokens else self._bytes
 
     def apply_chat_template(
         self,
@@ -164,36 +159,6 @@ class Tokenizer:
         return self.encode(
             self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False
         )
-
-
-class _TokenBytes(dict[int, bytes]):
-    """As `_WholeTexts`, of bytes."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-
-    def __missing__(self, token_id: int) -> bytes:
-        known = self[token_id] = self._tokenizer.token_bytes(token_id, self._skip)
-        return known
-
-
-class _WholeTexts(dict[int, str | None]):
-    """Filled as tokens are asked for: a text is found at the cost of a dictionary's look-up."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
-        super().__init__()
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-
-    def __missing__(self, token_id: int) -> str | None:
-        try:
-            text = self._tokenizer.token_bytes(token_id, self._skip).decode()
-        except UnicodeDecodeError:
-            text = None
-        self[token_id] = text
-        return text
 
 
 def _backend(directory: Path) -> tokenizers.Tokenizer:
