@@ -1,8 +1,12 @@
 """What one `Scheduler.step` costs, by running requests: `python bench/scheduler_step.py [--json PATH]`.
 
 Steady decoding with prompts arriving as requests end, on a device split like an A100; every step is timed alone. The
-counts are interleaved round by round, medians over all rounds. The issue's bounds: 100 us at
-64 running requests and 250 us at 256.
+counts are interleaved round by round, medians and means over all rounds. Bounds: 100 us at 64 running requests and
+250 us at 256.
+
+Twice: *same outputs*, 64 to 319 tokens each, so that with more running more of them begin and end in a step, which
+costs something for each; and *same changes*, outputs as much longer as more are running, so that the same number
+begins and ends in a step whatever the count (a third), and what is left is what the size of the batch costs.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def device() -> Device:
 class Steady:
     """Keeps `count` requests running: each one that ends is followed by a new arrival."""
 
-    def __init__(self, dispatch: str, count: int) -> None:
+    def __init__(self, dispatch: str, count: int, longer: float = 1.0) -> None:
         self.scheduler = Scheduler(
             device(),
             CountingKv(200_000, 16),
@@ -55,14 +59,15 @@ class Steady:
             Limits(max_running=count),
         )
         self.count = count
+        self.longer = longer
         self.now = 0.0
         self.arrived = 0
         self.gang: list[tuple[float, str, Gang]] = []
 
     def arrive(self) -> RequestArrived:
-        """A prompt of 256 tokens with 64 to 319 of output."""
+        """A prompt of 256 tokens with 64 to 319 of output, times `longer`."""
         self.arrived += 1
-        length = 64 + (self.arrived * 37) % 256
+        length = max(2, round((64 + (self.arrived * 37) % 256) * self.longer))
         slo = SLO(ttft=10.0, tbt=0.05)
         return RequestArrived(Request(f"r{self.arrived}", self.now, 256, length, slo))
 
@@ -101,11 +106,11 @@ class Steady:
         return [PrefillDone(0.001, tokens=[1] * sum(c.last for c in gang.prefill.chunks) if ended else None)]
 
 
-def measure(dispatch: str, rounds: int, steps: int) -> dict[int, dict[str, float]]:
-    """Median and p99 microseconds per step for each count."""
-    benches = {count: Steady(dispatch, count) for count in COUNTS}
+def measure(dispatch: str, rounds: int, steps: int, same_changes: bool) -> dict[int, dict[str, float]]:
+    """Median, mean and p99 microseconds per step for each count."""
+    benches = {count: Steady(dispatch, count, count / 64 if same_changes else 1.0) for count in COUNTS}
     for bench in benches.values():
-        bench.run(300 + 4 * bench.count)
+        bench.run(300 + round(4 * bench.count * max(1.0, bench.longer)))
     took: dict[int, list[float]] = {count: [] for count in COUNTS}
     for _ in range(rounds):
         for count, bench in benches.items():
@@ -113,6 +118,7 @@ def measure(dispatch: str, rounds: int, steps: int) -> dict[int, dict[str, float
     return {
         count: {
             "median_us": statistics.median(values) * 1e6,
+            "mean_us": statistics.fmean(values) * 1e6,
             "p99_us": statistics.quantiles(values, n=100)[98] * 1e6,
             "decoding": benches[count].scheduler.rows.n,
         }
@@ -127,13 +133,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args(arguments)
-    result = {name: measure(name, options.rounds, options.steps) for name in POLICIES}
-    print(f"{'policy':<16}{'running':>9}{'median us':>12}{'p99 us':>10}")
-    for name, by_count in result.items():
-        for count, row in by_count.items():
-            print(f"{name:<16}{count:>9}{row['median_us']:>12.1f}{row['p99_us']:>10.1f}")
+    results = {}
+    for title, same_changes in (("same outputs", False), ("same changes", True)):
+        result = {name: measure(name, options.rounds, options.steps, same_changes) for name in POLICIES}
+        results[title] = result
+        print(f"{title:<16}{'running':>9}{'median us':>12}{'mean us':>10}{'p99 us':>10}")
+        for name, by_count in result.items():
+            for count, row in by_count.items():
+                numbers = "".join(f"{row[kind]:>11.1f}" for kind in ("median_us", "mean_us", "p99_us"))
+                print(f"{name:<16}{count:>9}{numbers}")
     if options.json:
-        document = {"schema": "drift.bench.step/1", "python": platform.python_version(), "policies": result}
+        document = {
+            "schema": "drift.bench.step/2",
+            "python": platform.python_version(),
+            "policies": results["same outputs"],
+            "policies_same_changes": results["same changes"],
+        }
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(document, file, indent=1)
             file.write("\n")

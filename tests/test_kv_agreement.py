@@ -77,6 +77,19 @@ class Both:
         live = self.live.pop(name)
         self.preempted.append((live.request, live.known))
 
+    def grow_all(self) -> None:
+        """One position more for everyone who decodes, as far as pages go, then the token that it is for."""
+        decoding = [
+            (name, live)
+            for name, live in self.live.items()
+            if live.computed == live.known < len(self.tokens[name])
+        ]
+        done = self.same("grow", [name for name, _ in decoding], [live.known + 1 for _, live in decoding])
+        assert isinstance(done, int)
+        for name, live in decoding[:done]:
+            live.covered = max(live.covered, live.known + 1)
+            self.commit(name, live.known + 1)
+
     def audit(self) -> None:
         self.paged.audit()
         self.counting.audit()
@@ -163,6 +176,8 @@ def test_long_runs_of_served_requests_get_the_same_answers(seed, pages, page_tok
                 both.release(max(both.live, key=lambda n: int(n[1:])))
                 waiting.insert(0, both.preempted.pop())
                 break
+        if step % 3 == 0:
+            both.grow_all()
         if step % 50 == 0:
             both.audit()
     both.audit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from drift_scheduler.cost import FACTORIES
 from drift_scheduler.cost.fitted import FittedCost, fitted, non_negative
 from drift_scheduler.cost.guard import CEILING, CONTENTION, RETRY, SETTLED, WINDOW, ContentionGuard
+from drift_scheduler.cost.hardware import device_spec, model_spec
+from drift_scheduler.cost.launch import Launched
+from drift_scheduler.cost.online import ENOUGH, OnlineCost
 from drift_scheduler.cost.roofline import RooflineCost, roofline
 from drift_scheduler.cost.table import (
     CostTable,
@@ -22,7 +26,19 @@ from drift_scheduler.cost.table import (
     read_table,
     write_table,
 )
-from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
+from drift_scheduler.dispatch.prompts import Fronts, new_batch, seconds_alone
+from drift_scheduler.domain import (
+    SLO,
+    DecodeShape,
+    Lane,
+    Observation,
+    Partition,
+    PrefillChunk,
+    PrefillShape,
+    Request,
+    Sharing,
+    Waiting,
+)
 from drift_scheduler.errors import DriftError
 
 DEVICE = "8xa100-80gb"
@@ -305,3 +321,85 @@ def test_the_guard_knows_how_late_undivided_work_was_of_late(sharing: Sharing) -
     for _ in range(2 * WINDOW):
         costs.observe(work(0.9))
     assert costs.slowdown(PREFILL, DECODE, whole) == (1.0, 1.0)
+
+
+class Bare:
+    """A third party's model, which prices prompts one by one."""
+
+    def prefill(self, work: PrefillShape, units: int) -> float:
+        return (work.new_tokens + 0.5 * work.reused_tokens + 1e-3 * work.new_squared) / units
+
+    def observe(self, observation: Observation) -> None:
+        return
+
+
+def _taught(costs: OnlineCost) -> OnlineCost:
+    for tokens, ratio in ((100, 1.3), (3000, 0.8), (40_000, 1.1)):
+        shape = PrefillShape.of([(tokens, 0)])
+        seconds = costs.prefill(shape, 132)
+        for _ in range(ENOUGH):
+            costs.observe(
+                Observation(
+                    Lane.PREFILL,
+                    Partition(132, 0),
+                    Sharing.EXCLUSIVE,
+                    shape,
+                    None,
+                    32,
+                    False,
+                    seconds,
+                    seconds * ratio,
+                )
+            )
+    return costs
+
+
+@pytest.mark.parametrize(
+    "name", ["roofline", "fitted", "launched", "online", "online within launched", "bare"]
+)
+@settings(max_examples=60, deadline=None)
+@given(prompts=st.lists(st.tuples(st.integers(1, 200_000), st.integers(0, 200_000)), max_size=40))
+def test_prompts_priced_at_once_cost_what_they_cost_one_by_one(
+    name: str, prompts: list[tuple[int, int]]
+) -> None:
+    device, model = device_spec("h200"), model_spec("llama-3.1-8b")
+    costs: Any = {
+        "roofline": lambda: roofline("h200", "llama-3.1-8b"),
+        "fitted": lambda: fitted(f"{DEVICE}--llama-3.1-8b"),
+        "launched": lambda: Launched(RooflineCost(device, model), device, 32),
+        "online": lambda: _taught(OnlineCost(RooflineCost(device, model), 32)),
+        "online within launched": lambda: Launched(
+            _taught(OnlineCost(RooflineCost(device, model), 32)), device, 32
+        ),
+        "bare": lambda: Launched(Bare(), device, 32),  # type: ignore[arg-type]
+    }[name]()
+    assert hasattr(costs, "prefill_each") == (name != "bare")
+    waiting = [
+        Waiting(Request(f"r{i}", 0.0, new + reused, 1, SLO(1.0, 1.0)), reused, new + reused, 0, 1.0, False)
+        for i, (new, reused) in enumerate(prompts)
+    ]
+    alone = [costs.prefill(PrefillShape.of([pair]), 100) for pair in prompts]
+    assert seconds_alone(costs, waiting, 100) == alone
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    chunks=st.lists(st.tuples(st.integers(1, 500), st.integers(0, 500)), min_size=1, max_size=8),
+    share=st.floats(0, 1.2),
+)
+def test_the_front_of_a_batch_has_the_shape_of_its_chunks(
+    chunks: list[tuple[int, int]], share: float
+) -> None:
+    batch = new_batch(tuple(PrefillChunk(f"r{i}", r, r + n) for i, (n, r) in enumerate(chunks)))
+    tokens = max(1, round(share * batch.shape.new_tokens))
+    fronts = Fronts(batch)
+    front = fronts.chunks(tokens)
+    assert fronts.shape(tokens) == PrefillShape.of([(c.tokens, c.start) for c in front])
+    assert sum(c.tokens for c in front) == min(tokens, batch.shape.new_tokens)
+    for cut, whole in zip(front, batch.chunks, strict=False):
+        assert (cut.request_id, cut.start, cut.last) == (
+            whole.request_id,
+            whole.start,
+            cut.stop == whole.stop,
+        )
+    assert all(cut.last for cut in front[:-1])

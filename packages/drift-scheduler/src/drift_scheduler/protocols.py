@@ -5,7 +5,7 @@ Structural types only; nobody inherits from them. Built-ins and plugins are held
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from drift_scheduler.domain import (
@@ -13,7 +13,9 @@ from drift_scheduler.domain import (
     DecodeStep,
     Device,
     Event,
+    FloatArray,
     Gang,
+    IntArray,
     Observation,
     Partition,
     PrefillShape,
@@ -21,6 +23,9 @@ from drift_scheduler.domain import (
     StepRecord,
 )
 from drift_scheduler.view import View
+
+PrefillEach = Callable[[IntArray, IntArray, int], FloatArray]
+"""Optional `prefill_each(new, reused, units)` of a cost model: seconds of each of many single prompts."""
 
 
 class KvPool(Protocol):
@@ -67,7 +72,9 @@ class CostModel(Protocol):
     """Predicted lane seconds. Solo predictions; `slowdown` is the worst case of running side by side.
 
     Optional attributes, seconds: `block_seconds`, launching one more prefill block, and `switch_seconds`, changing the
-    partition; the scheduler adds them to what it predicts of a gang.
+    partition; the scheduler adds them to what it predicts of a gang. Optional: `prefill_each(new, reused, units)`, what
+    `prefill` says of each of many single requests, integer arrays in and seconds out; saves a policy time with long
+    queues.
     """
 
     def prefill(self, work: PrefillShape, units: int) -> float:

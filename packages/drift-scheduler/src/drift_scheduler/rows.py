@@ -61,6 +61,7 @@ class DecodeRows:
         """Take a row out, writing its counters back to the request; the last row takes its place."""
         gone = self.tracked[row]
         gone.known = int(self.context[row])
+        gone.capacity = int(self.capacity[row])
         gone.tbt_max = float(self.tbt_max[row])
         gone.late = int(self.late[row])
         gone.last_token_at = float(self.last_token[row])
@@ -110,6 +111,11 @@ class DecodeRows:
         """Rows whose next position no page covers yet."""
         short: list[int] = (self.context[: self.n] > self.capacity[: self.n]).nonzero()[0].tolist()
         return short
+
+    def names(self, rows: list[int]) -> list[str]:
+        """The requests in these rows."""
+        names = self._names
+        return [names[row] for row in rows]
 
     def step(self) -> DecodeStep:
         """One token for every row."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -81,7 +81,8 @@ class Limits:
 
 
 class Tracked:
-    """One live request. `known`: prompt and generated tokens (kept in the decode rows while it has a row)."""
+    """One live request. `known`: prompt and generated tokens; `capacity`: positions that its pages cover. Both are kept
+    in the decode rows while it has a row."""
 
     __slots__ = (
         "batch",
@@ -215,7 +216,6 @@ class Scheduler:
         self._fallback: DispatchPolicy = Alternate()
         self._inherited: tuple[Flight | None, Flight | None] = (None, None)
         self._stopwatch = stopwatch
-        self._grow_many: Callable[[list[str], list[int]], int] | None = getattr(kv, "grow", None)
         self._view = LiveView(self)
         self._arrivals = 0
         self._endings = 0  # requests that were cancelled while a lane works on them
@@ -569,23 +569,22 @@ class Scheduler:
         short = rows.short_of_pages()
         if not short:
             return
-        page = self.kv.page_tokens
-        contexts = rows.context[short].tolist()
-        needy = [rows.tracked[row] for row in short]
+        contexts = rows.context[short]
         grown = 0
-        if self._grow_many is not None:
-            grown = self._grow_many([tracked.request.id for tracked in needy], contexts)
-            capacities = [-(-context // page) * page for context in contexts[:grown]]
-            rows.capacity[short[:grown]] = capacities
-            for tracked, capacity in zip(needy, capacities, strict=False):
-                tracked.capacity = capacity
-        for tracked, context in zip(needy[grown:], contexts[grown:], strict=True):
+        grow: Callable[[list[str], list[int]], int] | None = getattr(self.kv, "grow", None)
+        if grow is not None:
+            grown = grow(rows.names(short), contexts.tolist())
+            page = self.kv.page_tokens
+            rows.capacity[short[:grown]] = -(-contexts[:grown] // page) * page
+            if grown == len(short):
+                return
+        needy = [rows.tracked[row] for row in short[grown:]]
+        for tracked, context in zip(needy, contexts[grown:].tolist(), strict=True):
             request_id = tracked.request.id
             while tracked.row >= 0:
                 self.kv.commit(request_id, context - 1)
                 if self.kv.extend(request_id, context):
-                    tracked.capacity = capacity = -(-context // page) * page
-                    rows.capacity[tracked.row] = capacity
+                    rows.capacity[tracked.row] = self._rounded(context)
                     break
                 victim = self._victim()
                 if self._in_flight(victim):  # it gives way at the end of its block; decode waits that long
@@ -749,7 +748,9 @@ class Scheduler:
         for tracked in members:
             tracked.batch = batch
         self.batches.append(batch)
-        return replace(gang, prefill=replace(block, batch_id=batch.batch_id, chunks=batch.chunks))
+        layers = block.layer_start, block.layer_stop
+        prefill = PrefillBlock.shaped(batch.batch_id, batch.chunks, *layers, batch.shape)
+        return Gang(gang.sharing, gang.partition, prefill, gang.decode)
 
     def _launch(self, gang: Gang) -> None:
         try:

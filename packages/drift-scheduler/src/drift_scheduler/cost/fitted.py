@@ -25,6 +25,7 @@ from drift_scheduler.cost.table import CostTable, FusedRow, find_table
 from drift_scheduler.domain import (
     DecodeShape,
     FloatArray,
+    IntArray,
     Observation,
     Partition,
     PrefillShape,
@@ -83,6 +84,12 @@ class FittedCost:
         """Seconds for all layers of a prefill on `units` units, alone."""
         c = self._prefill.get(units) or self.prefill_coefficients(units)
         return c[0] * work.new_squared + c[1] * work.new_times_reused + c[2] * work.new_tokens + c[3]
+
+    def prefill_each(self, new: IntArray, reused: IntArray, units: int) -> FloatArray:
+        """`prefill` of each of these requests alone."""
+        c = self._prefill.get(units) or self.prefill_coefficients(units)
+        seconds: FloatArray = c[0] * (new * new) + c[1] * (new * reused) + c[2] * new + c[3]
+        return seconds
 
     def decode(self, work: DecodeShape, units: int) -> float:
         """Seconds for one decode step on `units` units, alone."""

@@ -6,11 +6,20 @@ other. Knows how long nothing takes but launching; the model it wraps knows the 
 
 from __future__ import annotations
 
-from dataclasses import replace
+import numpy as np
 
 from drift_scheduler.cost.hardware import DeviceSpec
-from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
-from drift_scheduler.protocols import CostModel
+from drift_scheduler.domain import (
+    DecodeShape,
+    FloatArray,
+    IntArray,
+    Lane,
+    Observation,
+    Partition,
+    PrefillShape,
+    Sharing,
+)
+from drift_scheduler.protocols import CostModel, PrefillEach
 
 
 class Launched:
@@ -31,10 +40,20 @@ class Launched:
         # A decode step is priced by the policy, the scheduler and what learns from it: the same object each time.
         self._priced: DecodeShape | None = None
         self._price: dict[int, float] = {}
+        self._each: PrefillEach | None = getattr(inner, "prefill_each", None)
+        if self._each is not None:
+            self.prefill_each = self._prefill_each  # not offered where the inner model does not
 
     def prefill(self, work: PrefillShape, units: int) -> float:
         """Seconds for all layers, at least the time to launch them."""
         return max(self.inner.prefill(work, units), self._floor)
+
+    def _prefill_each(self, new: IntArray, reused: IntArray, units: int) -> FloatArray:
+        """`prefill` of each of these requests alone."""
+        assert self._each is not None
+        seconds = self._each(new, reused, units)
+        np.maximum(seconds, self._floor, out=seconds)
+        return seconds
 
     def decode(self, work: DecodeShape, units: int) -> float:
         """Seconds for the graph that holds the batch."""
@@ -73,7 +92,7 @@ class Launched:
             self.inner.observe(seen)
             return
         measured = max(seen.measured - launch, 0.0) * share
-        self.inner.observe(replace(seen, measured=measured))
+        self.inner.observe(seen.with_measured(measured))
 
     def _inner_share(self, seen: Observation) -> float:
         """The inner model's time over ours for the observed work."""

@@ -13,11 +13,19 @@ moves no average by more than a factor of `ceiling`, and no factor leaves [1/cei
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
-from drift_scheduler.domain import DecodeShape, Lane, Observation, Partition, PrefillShape, Sharing
+from drift_scheduler.domain import (
+    DecodeShape,
+    FloatArray,
+    IntArray,
+    Lane,
+    Observation,
+    Partition,
+    PrefillShape,
+    Sharing,
+)
 from drift_scheduler.errors import OptionError
-from drift_scheduler.protocols import CostModel
+from drift_scheduler.protocols import CostModel, PrefillEach
 
 Cell = tuple[str, int, int]
 """(prefill, decode or fused; units, 0 for any; size exponent, -1 for any)."""
@@ -56,10 +64,28 @@ class OnlineCost:
         self._rate = rate
         self._bound = math.log(ceiling)
         self._cells: dict[Cell, _Average] = {}
+        self._each: PrefillEach | None = getattr(inner, "prefill_each", None)
+        if self._each is not None:
+            self.prefill_each = self._prefill_each  # not offered where the inner model does not
 
     def prefill(self, work: PrefillShape, units: int) -> float:
         """The wrapped model's, corrected."""
         return self.inner.prefill(work, units) * self.factor("prefill", units, work.new_tokens)
+
+    def _prefill_each(self, new: IntArray, reused: IntArray, units: int) -> FloatArray:
+        """`prefill` of each of these requests alone."""
+        assert self._each is not None
+        seconds = self._each(new, reused, units)
+        if self._cells:
+            by_size: dict[int, float] = {}  # a factor is one of all lengths with as many bits
+            factors = []
+            for length in new.tolist():
+                bits = length.bit_length()
+                if bits not in by_size:
+                    by_size[bits] = self.factor("prefill", units, length)
+                factors.append(by_size[bits])
+            seconds *= factors
+        return seconds
 
     def decode(self, work: DecodeShape, units: int) -> float:
         """The wrapped model's, corrected."""
@@ -91,7 +117,7 @@ class OnlineCost:
             bounded = min(self._bound, max(-self._bound, math.log(ratio)))
             for cell in ((phase, units, size.bit_length()), (phase, units, -1), (phase, 0, -1)):
                 self._cells.setdefault(cell, _Average()).add(bounded, self._rate, self._bound)
-        self.inner.observe(replace(seen, measured=seen.measured / factor))
+        self.inner.observe(seen.with_measured(seen.measured / factor))
 
     def factor(self, phase: str, units: int, size: int) -> float:
         """What the wrapped model's prediction is multiplied by: 1 until enough was seen."""

@@ -9,10 +9,13 @@ against the published A100 latencies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
 
 from drift_scheduler.cost.guard import ContentionGuard, refine
 from drift_scheduler.cost.hardware import DeviceSpec, ModelSpec, device_spec, model_spec
-from drift_scheduler.domain import DecodeShape, Observation, Partition, PrefillShape
+from drift_scheduler.domain import DecodeShape, FloatArray, IntArray, Observation, Partition, PrefillShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,22 @@ class RooflineCost:
             + self._per_token * work.new_tokens
             + self._fixed
         )
+
+    def prefill_each(self, new: IntArray, reused: IntArray, units: int) -> FloatArray:
+        """`prefill` of each of these requests alone."""
+        r = self._by_units.get(units) or self._rates(units)
+        linear = (self._body_flops * new + self._head_flops) * r.per_flop
+        linear *= linear
+        weights = self._weights * r.per_weight_byte
+        weights *= weights
+        pairs = 0.5 * (new * new) + new * reused
+        seconds: FloatArray = np.sqrt(np.sqrt(linear * linear + weights * weights))
+        seconds += np.maximum(
+            self._pair_flops * pairs * r.per_attention_flop, self._kv * reused * r.per_kv_byte
+        )
+        seconds += self._per_token * new
+        seconds += self._fixed
+        return seconds
 
     def decode(self, work: DecodeShape, units: int) -> float:
         """Seconds for one decode step on `units` units, alone."""
@@ -164,4 +183,4 @@ class RooflineCost:
 def _either(a: float, b: float) -> float:
     """The larger of two bounds, rounded off where they meet (4-norm): neither overlaps perfectly."""
     a, b = a * a, b * b
-    return float((a * a + b * b) ** 0.25)
+    return sqrt(sqrt(a * a + b * b))

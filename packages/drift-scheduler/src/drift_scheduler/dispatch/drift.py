@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, inf
 
 from drift_scheduler.dispatch.exclusive import Alternate, exclusive_decode
@@ -33,7 +34,7 @@ from drift_scheduler.dispatch.gang import (
     worst_decode,
     worst_prefill,
 )
-from drift_scheduler.dispatch.prompts import new_batch, next_block
+from drift_scheduler.dispatch.prompts import Fronts, new_batch, next_block, seconds_alone
 from drift_scheduler.dispatch.temporal import layers_in
 from drift_scheduler.domain import (
     DecodeStep,
@@ -173,18 +174,22 @@ class DriftPolicy:
         return self._by_deadline(view, costs)
 
     def _by_deadline(self, view: View, costs: CostModel) -> PrefillBatch | None:
-        units = view.device.total_units
-        ranked: list[tuple[bool, float, int, float, Waiting]] = []
-        for order, waiting in enumerate(view.waiting(self._scan)):
-            took = costs.prefill(PrefillShape.of([(waiting.uncomputed, waiting.computed)]), units)
-            late = waiting.deadline < view.now + took
-            ranked.append((late, took if late else waiting.deadline, order, took, waiting))
-        ranked.sort(key=lambda item: item[:3])
-        self._load = _load(view, costs, [(*item[3:], item[1]) for item in ranked if not item[0]])
+        units, now = view.device.total_units, view.now
+        queue = view.waiting(self._scan)
+        timely: list[tuple[float, int, float, Waiting]] = []  # (deadline, order, seconds alone, prompt)
+        late: list[tuple[float, int, float, Waiting]] = []  # (seconds alone, ...)
+        for order, (waiting, took) in enumerate(zip(queue, seconds_alone(costs, queue, units), strict=True)):
+            if waiting.deadline < now + took:
+                late.append((took, order, took, waiting))
+            else:
+                timely.append((waiting.deadline, order, took, waiting))
+        timely.sort()
+        late.sort()
+        self._load = _load(view, costs, timely)
         chunks: list[PrefillChunk] = []
         tokens, pages = 0, view.free_pages
         most = self._max_tokens
-        for _, _, _, _, waiting in ranked:
+        for _, _, _, waiting in chain(timely, late):
             if chunks and tokens + waiting.uncomputed > most == self._max_tokens:
                 most *= _batches_worth(costs, units, most)
             if chunks and (tokens + waiting.uncomputed > most or waiting.pages > pages):
@@ -266,8 +271,14 @@ def _fused(
     decode, launch = step.shape(), _launching(costs)
     slow = max(costs.slowdown(batch.shape, decode, view.device.all_decode))
 
+    fronts = Fronts(batch)
+    priced: dict[int, float] = {}
+
     def seconds(tokens: int) -> float:
-        return costs.fused(_front(batch, tokens)[1], decode, units) * slow + launch
+        took = priced.get(tokens)
+        if took is None:
+            took = priced[tokens] = costs.fused(fronts.shape(tokens), decode, units) * slow + launch
+        return took
 
     most = _largest_within(seconds, total, budget)
     if most is None:
@@ -275,28 +286,29 @@ def _fused(
     per_token = costs.prefill(batch.shape, units) / total
     t_decode = costs.decode(decode, units)
     speedup, tokens = max((_per(weight * n * per_token + t_decode, seconds(n)), n) for n in _sizes(most))
-    chunks, _ = _front(batch, tokens)
-    block = next_block(new_batch(chunks), view.device.num_layers)
+    part = PrefillBatch(-1, fronts.chunks(tokens), 0, inf, fronts.shape(tokens))
+    block = next_block(part, view.device.num_layers)
     gang = Gang(Sharing.FUSED, view.device.all_decode, prefill=block, decode=step)
     return Option(gang, speedup, True, seconds(tokens))
 
 
-def _load(view: View, costs: CostModel, queue: Sequence[tuple[float, Waiting, float]]) -> float:
+def _load(view: View, costs: CostModel, queue: Sequence[tuple[float, int, float, Waiting]]) -> float:
     """Share of the device that prefill needs from now on to give each of these its first token in time; at most 1
-    where all can be. `queue`: seconds alone, prompt, deadline (ahead of now), earliest deadline first.
+    where all can be. `queue`: deadline (ahead of now), a number, seconds alone, prompt; earliest deadline first.
 
     That of the hardest deadline: the work due until then over the time until then. Prompts share passes, so that they
     take less together than one after another.
     """
     if not queue:
         return 0.0
-    shape = PrefillShape.of([(waiting.uncomputed, waiting.computed) for _, waiting, _ in queue])
-    alone = sum(took for took, _, _ in queue)
+    shape = PrefillShape.of([(w.total - w.computed, w.computed) for _, _, _, w in queue])
+    alone = sum([took for _, _, took, _ in queue])
     shared = costs.prefill(shape, view.device.total_units) / alone if alone > 0 else 1.0
-    work, load = 0.0, 0.0
-    for took, _, deadline in queue:
+    now, work, load = view.now, 0.0, 0.0
+    for deadline, _, took, _ in queue:
         work += took * shared
-        load = max(load, _per(work, deadline - view.now))
+        if work > load * (deadline - now):
+            load = _per(work, deadline - now)
     return load
 
 
@@ -325,18 +337,6 @@ def _per(work: float, seconds: float) -> float:
 def _launching(costs: CostModel) -> float:
     """Seconds that launching a prefill block adds."""
     return float(getattr(costs, "block_seconds", 0.0))
-
-
-def _front(batch: PrefillBatch, tokens: int) -> tuple[tuple[PrefillChunk, ...], PrefillShape]:
-    """The first `tokens` tokens of a batch as chunks, and their shape."""
-    chunks: list[PrefillChunk] = []
-    for chunk in batch.chunks:
-        if tokens <= 0:
-            break
-        stop = min(chunk.stop, chunk.start + tokens)
-        chunks.append(PrefillChunk(chunk.request_id, chunk.start, stop, chunk.last and stop == chunk.stop))
-        tokens -= stop - chunk.start
-    return tuple(chunks), PrefillShape.of([(c.stop - c.start, c.start) for c in chunks])
 
 
 def _largest_within(seconds: Callable[[int], float], total: int, budget: float) -> int | None:

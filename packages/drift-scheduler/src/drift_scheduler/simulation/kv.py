@@ -17,11 +17,14 @@ The rules both follow:
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from drift_scheduler.domain import Request
+
+NEVER = sys.maxsize
 
 
 @dataclass(slots=True)
@@ -71,7 +74,7 @@ class _Held:
         self.committed = len(runs)  # leading keys already dealt with
         self.pages = 0  # in all, those of runs included
         self.covered_tokens = 0  # pages * page_tokens
-        self.next_publish = 0  # tokens at which the next key fills
+        self.next_publish = NEVER  # tokens at which the next key fills
 
 
 class CountingKv:
@@ -125,7 +128,8 @@ class CountingKv:
         held = _Held(keys, run_pages, self._tables.setdefault((request.salt, run_pages), {}), shared)
         held.pages = shared_pages + fresh_pages
         held.covered_tokens = held.pages * self.page_tokens
-        held.next_publish = (len(shared) + 1) * run_pages * self.page_tokens
+        if len(shared) < len(keys):
+            held.next_publish = (len(shared) + 1) * run_pages * self.page_tokens
         self._held[request.id] = held
         cached = shared_pages * self.page_tokens
         self.stats.admissions += 1
@@ -146,6 +150,33 @@ class CountingKv:
         held.covered_tokens = held.pages * self.page_tokens
         return True
 
+    def grow(self, request_ids: Sequence[str], tokens: Sequence[int]) -> int:
+        """`commit` all positions of each request but the last of `tokens`, `extend` it to all of them, in order.
+
+        Stops where pages run out; how many it were. Raises ValueError where more than one position is new.
+        """
+        helds, page_tokens = self._held, self.page_tokens
+        done = 0
+        for request_id, wanted in zip(request_ids, tokens, strict=True):
+            held = helds.get(request_id) or self._holder(request_id)
+            covered = held.covered_tokens
+            if wanted > covered + 1:
+                raise ValueError(f"request '{request_id}' grows to {wanted}, covers {covered}")
+            if wanted > held.next_publish:
+                self.commit(request_id, wanted - 1)
+            if wanted > covered:
+                if not self.free_pages:
+                    break
+                if not self._empty:
+                    self._evict()
+                self._empty -= 1
+                self.free_pages -= 1
+                held.pages += 1
+                held.covered_tokens = covered + page_tokens
+            done += 1
+        self._note_peak()
+        return done
+
     def commit(self, request_id: str, tokens: int) -> None:
         """Positions `[0, tokens)` hold computed KV: publish the keys they fill."""
         held = self._holder(request_id)
@@ -161,7 +192,7 @@ class CountingKv:
                 table[key] = run = _Run(key, table)
                 held.runs.append(run)
         held.committed = stop
-        held.next_publish = (stop + 1) * key_tokens
+        held.next_publish = (stop + 1) * key_tokens if stop < len(held.keys) else NEVER
 
     def release(self, request_id: str) -> None:
         """Drop every reference of the request; published runs stay cached until evicted."""
@@ -238,15 +269,22 @@ class CountingKv:
 
     def _take(self, pages: int) -> None:
         """Reference `pages` fresh pages; the caller has seen that they are there."""
-        idle = self._idle
         while self._empty < pages:
-            run, run_pages = idle.popitem(last=False)
-            del run.table[run.key]
-            self._empty += run_pages
-            self.stats.evicted_pages += run_pages
+            self._evict()
         self._empty -= pages
         self.free_pages -= pages
-        self.stats.peak_pages = max(self.stats.peak_pages, self.total_pages - self.free_pages)
+        self._note_peak()
+
+    def _evict(self) -> None:
+        """Empty the pages of the cached run that was released least recently."""
+        run, run_pages = self._idle.popitem(last=False)
+        del run.table[run.key]
+        self._empty += run_pages
+        self.stats.evicted_pages += run_pages
+
+    def _note_peak(self) -> None:
+        used = self.total_pages - self.free_pages
+        self.stats.peak_pages = max(self.stats.peak_pages, used)
 
     def _holder(self, request_id: str) -> _Held:
         held = self._held.get(request_id)
