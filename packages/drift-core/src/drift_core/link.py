@@ -332,7 +332,8 @@ class EngineClient:
         if not self._ready.done():
             self._ready.set_exception(error)
         self._ready.exception()  # retrieved, whoever else waits for it
-        for _, submission in list(self._in_flight.values()):
+        for progress, submission in list(self._in_flight.values()):
+            progress.leave()
             submission.fail(error)
         self._in_flight.clear()
         for answer in self._answers.values():

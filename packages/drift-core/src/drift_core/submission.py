@@ -63,19 +63,24 @@ class Columns:
     step brings.
     """
 
-    __slots__ = ("_members", "_micros", "_rows", "_start", "_times")
+    __slots__ = ("_members", "base", "micros", "rows", "start", "times")
 
     def __init__(self) -> None:
         self._members: list[Progress] = []
-        self._rows: list[list[int]] = []
-        self._times: list[float] = []
-        self._micros: list[int] = []  # the same in whole microseconds
-        self._start = 0  # steps that were there before the first row
+        self.rows: list[list[int]] = []
+        """The latest steps' token ids."""
+        self.micros: list[int] = []
+        """Those steps' times in whole microseconds since `base`: small numbers are added in half the time."""
+        self.base = 0
+        self.start = 0
+        """Steps that were there before the first row."""
+        self.times: list[float] = []
+        """Of all steps there were."""
 
     @property
     def steps(self) -> int:
         """That it was ever told of."""
-        return self._start + len(self._rows)
+        return self.start + len(self.rows)
 
     def admit(self, member: Progress, place: int) -> None:
         """From now on it gets what is at `place` of each row."""
@@ -85,54 +90,53 @@ class Columns:
 
     def add(self, token_ids: list[int], now: float) -> None:
         """One step's tokens."""
-        self._rows.append(token_ids)
-        self._times.append(now)
-        self._micros.append(int(now * 1e6))
-        if len(self._rows) >= MAX_ROWS:
-            self.settle()
+        micros = int(now * 1e6)
+        if not self.times:
+            self.base = micros
+        self.rows.append(token_ids)
+        self.times.append(now)
+        self.micros.append(micros - self.base)
+        if len(self.rows) >= MAX_ROWS:
+            self._drop(MAX_ROWS // 2)
 
     def settle(self) -> None:
-        """Every member has its tokens for itself; no row is kept."""
+        """Every member has its tokens for itself."""
         for member in self._members:
             member.settle(self)
-        self._start += len(self._rows)
-        self._rows.clear()
-        self._times.clear()
-        self._micros.clear()
 
-    def since(self, step: int, place: int) -> tuple[list[int], list[float]]:
-        """What is at a place of the rows from a step on, and their times."""
-        start = step - self._start
-        rows = self._rows[start:] if start else self._rows
-        return [row[place] for row in rows], self._times[start:]
+    def _drop(self, rows: int) -> None:
+        """Keep the first of them no longer: members who would miss them have theirs for themselves."""
+        stop = self.start + rows
+        for member in self._members:
+            if member.taken < stop:
+                member.settle(self)
+        self.start = stop
+        del self.rows[:rows], self.micros[:rows]
 
-    def micros_since(self, step: int) -> list[int]:
-        """Those times in whole microseconds, reckoned once for all readers."""
-        start = step - self._start
-        return self._micros[start:] if start else self._micros.copy()
-
-    def time_of(self, step: int) -> float:
-        """Of a step from which on there are rows."""
-        return self._times[step - self._start]
+    def since(self, step: int, place: int) -> tuple[list[int], list[int]]:
+        """What is at a place of the rows from a step on, and their times in whole microseconds."""
+        start, base = step - self.start, self.base
+        return [row[place] for row in self.rows[start:]], [at + base for at in self.micros[start:]]
 
 
 class Progress:
     """What one request has to tell: tokens in order that were not taken yet, and the times of all it ever had.
 
     `accepted` and `finished` are set once and stay. `logprobs` are those of the tokens not taken yet. `times` is
-    complete when it has just been taken from, or `settle`d. Some tokens may still be in `Columns`.
+    complete when `take` has just been called, and once `finished` is set. Some tokens may still be in `Columns`.
     """
 
     __slots__ = (
         "_columns",
         "_own_micros",
         "_place",
-        "_step",
+        "_timed",
         "accepted",
         "finished",
         "id",
         "logprobs",
         "micros",
+        "taken",
         "times",
         "token_ids",
     )
@@ -143,19 +147,21 @@ class Progress:
         self.token_ids: list[int] = []
         self.times: list[float] = []
         self.micros: list[int] = []
-        """The times of the tokens taken last, in whole microseconds."""
+        """The times of the tokens that `take` gave last, in whole microseconds."""
         self._own_micros: list[int] = []  # of `token_ids`
         self.logprobs: list[TokenLogprob | None] | None = None
         self.finished: FinishedItem | None = None
         self._columns: Columns | None = None
         self._place = 0
-        self._step = 0
+        self.taken = 0
+        """Steps of the columns whose tokens are not there for it any more."""
+        self._timed = 0  # steps of the columns whose times are in `times`
 
     @property
     def behind(self) -> int:
         """Tokens not taken yet."""
         columns = self._columns
-        return len(self.token_ids) + (0 if columns is None else columns.steps - self._step)
+        return len(self.token_ids) + (0 if columns is None else columns.steps - self.taken)
 
     @property
     def oldest(self) -> float | None:
@@ -163,9 +169,9 @@ class Progress:
         if own := len(self.token_ids):
             return self.times[-own]
         columns = self._columns
-        if columns is None or columns.steps == self._step:
+        if columns is None or len(columns.times) == self.taken:
             return None
-        return columns.time_of(self._step)
+        return columns.times[self.taken]
 
     def add(self, token_id: int, now: float) -> None:
         """One more token."""
@@ -176,13 +182,6 @@ class Progress:
 
     def take(self) -> tuple[list[int], list[float], list[TokenLogprob | None] | None]:
         """Token ids, times and log probabilities that came since the last call."""
-        columns = self._columns
-        if not self.token_ids and columns is not None:
-            token_ids, times = columns.since(self._step, self._place)
-            self.micros = columns.micros_since(self._step)
-            self._step = columns.steps
-            self.times += times
-            return token_ids, times, None
         self.settle()
         token_ids, self.token_ids = self.token_ids, []
         self.micros, self._own_micros = self._own_micros, []
@@ -190,6 +189,27 @@ class Progress:
             return token_ids, [], None
         logprobs, self.logprobs = self.logprobs, None
         return token_ids, self.times[-len(token_ids) :], logprobs
+
+    def take_offsets(self, begun: int) -> tuple[list[int], list[int]]:
+        """As `take`, token ids, and when they came: microseconds after `begun`, which are never less than 0.
+
+        Most messages are made of these, so what they do not need is not done.
+        """
+        columns = self._columns
+        if columns is None or self.token_ids:
+            token_ids, _, _ = self.take()
+            offsets = [at - begun for at in self.micros]
+        else:
+            rows, micros = columns.rows, columns.micros
+            if start := self.taken - columns.start:
+                rows, micros = rows[start:], micros[start:]
+            self.taken += len(rows)
+            place, since = self._place, columns.base - begun
+            token_ids = [row[place] for row in rows]
+            offsets = [at + since for at in micros]
+        if offsets and offsets[0] < 0:
+            offsets = [max(offset, 0) for offset in offsets]
+        return token_ids, offsets
 
     def add_logprob(self, logprob: TokenLogprob) -> None:
         """Put it beside the token that came last; earlier ones that came without have `None`."""
@@ -201,18 +221,22 @@ class Progress:
 
     def join(self, columns: Columns, place: int, step: int) -> None:
         """Tokens come that way from a step on."""
-        self._columns, self._place, self._step = columns, place, step
+        self._columns, self._place, self.taken, self._timed = columns, place, step, step
 
     def settle(self, columns: Columns | None = None) -> None:
         """Take what is in the columns; with `columns`, if it is those that tokens come by."""
         current = self._columns
         if current is None or (columns is not None and columns is not current):
             return
-        token_ids, times = current.since(self._step, self._place)
-        self._own_micros += current.micros_since(self._step)
-        self._step += len(times)
-        self.token_ids += token_ids
-        self.times += times
+        steps = current.steps
+        if self.taken < steps:
+            token_ids, micros = current.since(self.taken, self._place)
+            self.token_ids += token_ids
+            self._own_micros += micros
+            self.taken = steps
+        if self._timed < steps:
+            self.times += current.times[self._timed :]
+            self._timed = steps
 
     def leave(self) -> None:
         """Tokens do not come by columns any more."""

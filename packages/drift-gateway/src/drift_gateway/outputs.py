@@ -92,18 +92,18 @@ class Output:
         progress = self.progress
         if progress.finished is not None or not self._plain or progress.logprobs is not None:
             return None
-        token_ids, _, _ = progress.take()
+        token_ids, offsets = progress.take_offsets(self._arrival_us)
         if not token_ids:
             return None
         self._kept += len(token_ids)
-        return self._delta("" if self._push is None else self._push(token_ids), token_ids, None)
+        return self._delta("" if self._push is None else self._push(token_ids), token_ids, offsets)
 
     def _advance(self, finished: FinishedItem | None, gateway_seconds: float) -> list[pb.GenerateResponse]:
         """Whatever comes: stop strings, log probabilities, the end."""
         noticed = time.monotonic()
         messages = []
         token_ids, _, logprobs = self.progress.take()
-        text = ""
+        begun, text = self._arrival_us, ""
         if self._stop_string is not None:
             token_ids = []  # the engine was not told in time
         elif token_ids:
@@ -114,7 +114,11 @@ class Output:
             self._stop_string = self._detokenizer.stopped
         if token_ids or text:
             self._kept += len(token_ids)
-            messages.append(self._delta(text, token_ids, logprobs))
+            offsets = [max(at - begun, 0) for at in self.progress.micros[: len(token_ids)]]
+            delta = self._delta(text, token_ids, offsets)
+            if logprobs is not None:
+                delta.token_delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
+            messages.append(delta)
         if finished is not None:
             self.ended = True
             messages.append(self._finished(finished, gateway_seconds + time.monotonic() - noticed))
@@ -138,12 +142,7 @@ class Output:
                 return position + 1, text
         return len(token_ids), text
 
-    def _delta(
-        self,
-        text: str,
-        token_ids: Sequence[int],
-        logprobs: Sequence[TokenLogprob | None] | None,
-    ) -> pb.GenerateResponse:
+    def _delta(self, text: str, token_ids: Sequence[int], offsets_us: Sequence[int]) -> pb.GenerateResponse:
         """Filled in place: a message made apart and then copied into the response costs half as much again."""
         response = pb.GenerateResponse()
         delta = response.token_delta
@@ -152,12 +151,7 @@ class Output:
         delta.sequence = self._sequence
         delta.text = text
         delta.token_ids.extend(token_ids)
-        micros, begun = self.progress.micros[: len(token_ids)], self._arrival_us
-        if micros and micros[0] < begun:
-            micros = [max(at, begun) for at in micros]
-        delta.offsets_us.extend([at - begun for at in micros])
-        if logprobs is not None:
-            delta.logprobs.extend(map(_logprobs, logprobs[: len(token_ids)]))
+        delta.offsets_us.extend(offsets_us)
         self._sequence += 1
         return response
 
