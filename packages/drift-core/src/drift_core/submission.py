@@ -259,6 +259,7 @@ class Submission:
 
     def __init__(self, forget: Forget, turns: Turns, request_ids: Sequence[str], tbt: float) -> None:
         self.requests = tuple(Progress(request_id) for request_id in request_ids)
+        self._only = self.requests[0] if len(self.requests) == 1 else None
         self.lagging = False
         """Whether the reader fell too far behind, so that the requests were cancelled."""
         self._forget = forget
@@ -270,6 +271,8 @@ class Submission:
         self._urgent = False
         self.queued = False
         """Whether it waits for its reader's turn, with the news it has and all that is to come."""
+        self.held_until = 0.0
+        """Until when its tokens are held for more to come, if they are."""
         self._left = False
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[Any] | None = None
@@ -324,15 +327,12 @@ class Submission:
         if self._waiter is None or self._passing_on:
             self._look_at_lag()
         elif not self.queued:
-            self._queue_or_hold()
+            self._queue_or_hold(self._oldest())
 
     def look(self) -> None:
         """It had no news, or had them held; tokens may have come."""
         if self._waiter is not None and not self._passing_on and not self.queued:
-            if self._news or self._oldest() is not None:
-                self._queue_or_hold()
-            else:
-                self._turns.idle[self] = None
+            self._look()
 
     def look_at_lag(self) -> None:
         """Tokens may have come while the reader was busy."""
@@ -341,21 +341,23 @@ class Submission:
 
     def release(self) -> None:
         """What was held is kept no longer."""
-        if (
-            self._waiter is not None
-            and not self._passing_on
-            and not self.queued
-            and self._oldest() is not None
-        ):
-            self._queue()
+        if self._waiter is not None and not self._passing_on and not self.queued:
+            oldest = self._oldest()
+            if oldest is not None:
+                self._queue(oldest)
 
     def _go_on(self) -> None:
         """The reader is free again, and something may have come while it was busy."""
-        if self._news or self._oldest() is not None:
-            self._queue_or_hold()
+        if self._look():
             self._turns.soon()
-        else:
+
+    def _look(self) -> bool:
+        """Whether there was something to tell, so that it waits for its turn now."""
+        oldest = self._oldest()
+        if oldest is None and not self._news:
             self._turns.idle[self] = None
+            return False
+        return self._queue_or_hold(oldest)
 
     def fail(self, error: DriftError) -> None:
         """There will be no more news."""
@@ -380,38 +382,39 @@ class Submission:
         for request in self.requests:
             self._forget(request.id, cancel=request.finished is None)
 
-    def _queue_or_hold(self) -> None:
-        """Wait for the reader's turn, or for more tokens first."""
-        hold, oldest = self._turns.hold, None if self._urgent else self._oldest()
-        if hold and oldest is not None:
-            held = self._turns.hold_until(oldest + hold * self._longest_hold, self)
-            if held:
-                return
-        self._queue()
+    def _queue_or_hold(self, oldest: float | None) -> bool:
+        """Wait for the reader's turn, or for more tokens first: whether it is the former."""
+        turns = self._turns
+        if turns.hold and oldest is not None and not self._urgent:
+            until = oldest + turns.hold * self._longest_hold
+            if turns.hold_until(until, self):
+                return False
+        self._queue(oldest)
+        return True
 
-    def _queue(self) -> None:
+    def _queue(self, oldest: float | None) -> None:
         self.queued = True
-        self._turns.add(0.0 if self._urgent else self._due(), self)
+        self._turns.add(0.0 if self._urgent or oldest is None else self._due(oldest), self)
 
     def _oldest(self) -> float | None:
         """The time of the oldest token not taken; with none there is news of another kind, if any."""
-        requests = self.requests
-        if len(requests) == 1:
-            return requests[0].oldest
-        return min((at for request in requests if (at := request.oldest) is not None), default=None)
+        if self._only is not None:
+            return self._only.oldest
+        return min((at for request in self.requests if (at := request.oldest) is not None), default=None)
 
-    def _due(self) -> float:
+    def _behind(self) -> int:
+        """Tokens not taken, of the request that has most of them."""
+        return self._only.behind if self._only is not None else max(each.behind for each in self.requests)
+
+    def _due(self, oldest: float) -> float:
         """When the oldest token not taken becomes late."""
-        oldest = self._oldest()
-        if oldest is None:
-            return 0.0
-        if max([request.behind for request in self.requests]) > DEMOTED_LAG_TOKENS:
+        if self._behind() > DEMOTED_LAG_TOKENS:
             oldest += DEMOTION_S
         return oldest + self._patience
 
     def _look_at_lag(self) -> None:
         """The reader is busy, with sending if it is alive: past a bound, end what it reads."""
-        behind = max([request.behind for request in self.requests])
+        behind = self._behind()
         if self._left or not behind:
             return
         stuck = self._busy_since and time.monotonic() - self._busy_since > MAX_STUCK_S
@@ -444,9 +447,8 @@ class Turns:
         self._scheduled = False
         self._waiting_since = 0.0
         self._step = 0.0  # when the latest step's news came
-        self._interval = 0.0  # between it and the one before
-        self._held: dict[Submission, float] = {}  # until when
-        self._held_by_time: list[tuple[float, int, Submission]] = []  # a heap; some are held no more, or anew
+        self._soon = 0.0  # when the second step from now will probably have come
+        self._held: list[tuple[float, int, Submission]] = []  # a heap; some are held no more, or anew
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, due: float, submission: Submission) -> None:
@@ -458,20 +460,19 @@ class Turns:
 
     def hold_until(self, until: float, submission: Submission) -> bool:
         """Whether its tokens can wait for the next step's; if so it is released by then, should no step come."""
-        if until <= self._step + 2 * self._interval:
+        if until <= self._soon:
             return False
-        if self._held.get(submission) == until:
-            return True
-        self._held[submission] = until
-        self._count += 1
-        heappush(self._held_by_time, (until, self._count, submission))
-        if self._timer is None:
-            self._set_timer(until)
+        if submission.held_until != until:
+            submission.held_until = until
+            self._count += 1
+            heappush(self._held, (until, self._count, submission))
+            if self._timer is None:
+                self._set_timer(until)
         return True
 
     def look(self) -> None:
         """Tokens came: queue those that waited for some, or for what is held to be enough."""
-        self._let_held_go(self._step + 2 * self._interval)
+        self._let_held_go(self._soon)
         idle, self.idle = self.idle, {}
         for submission in idle:
             submission.look()
@@ -482,7 +483,7 @@ class Turns:
             self.hold = 1.0
         elif self.hold:
             self.hold = max(0.0, self.hold - (at - self._step) / HOLD_EASES_S)
-        self._interval, self._step = at - self._step, at
+        self._soon, self._step = at + 2 * (at - self._step), at
 
     def give(self) -> None:
         """Let the first of them go now, unless others were let go in this pass already."""
@@ -511,16 +512,16 @@ class Turns:
         self._timer = None
         now = time.monotonic()
         self._let_held_go(now)
-        if self._held_by_time:
-            self._set_timer(max(now + 0.001, self._held_by_time[0][0]))
+        if self._held:
+            self._set_timer(max(now + 0.001, self._held[0][0]))
         if self._waiting:
             self.soon()
 
     def _let_held_go(self, by: float) -> None:
         """Queue those whose tokens are held until then at most. Only these are looked at: hundreds may be held."""
-        held, by_time = self._held, self._held_by_time
-        while by_time and by_time[0][0] <= by:
-            until, _, submission = heappop(by_time)
-            if held.get(submission) == until:
-                del held[submission]
+        held = self._held
+        while held and held[0][0] <= by:
+            until, _, submission = heappop(held)
+            if submission.held_until == until:
+                submission.held_until = 0.0
                 submission.release()

@@ -33,26 +33,24 @@ class DirectWriter:
         """Begin to write; the one before has been sent."""
         self._coroutine = coroutine = self._write(message)
         try:
-            waited_for = coroutine.send(None)
+            future = coroutine.send(None)
         except StopIteration:
             self._loop.call_soon(self._sent, None)
         except BaseException as error:
             self._loop.call_soon(self._sent, error)
         else:
-            self._wait(waited_for)
+            future._asyncio_future_blocking = False  # as a task says that it has seen what it awaits
+            future.add_done_callback(self._go_on)
 
-    def _wait(self, future: asyncio.Future[None]) -> None:
-        future._asyncio_future_blocking = False  # as a task says that it has seen what it awaits
-        future.add_done_callback(self._go_on)
-
-    def _go_on(self, future: asyncio.Future[None]) -> None:
+    def _go_on(self, _: asyncio.Future[None]) -> None:
         """What the write waited for is done, one way or the other: the coroutine sees which."""
         assert self._coroutine is not None
         try:
-            waited_for = self._coroutine.send(None)
+            future = self._coroutine.send(None)
         except StopIteration:
             self._sent(None)
         except BaseException as error:
             self._sent(error)
         else:
-            self._wait(waited_for)
+            future._asyncio_future_blocking = False
+            future.add_done_callback(self._go_on)
