@@ -46,13 +46,16 @@ from drift_core.model.weights import random_weights  # noqa: E402
 from drift_core.sampling_params import SamplingParams  # noqa: E402
 from drift_core.sequences import SequenceTable  # noqa: E402
 from drift_kernels.ops import ReferenceOps  # noqa: E402
-from drift_scheduler.conformance import FlatCosts  # noqa: E402
+from drift_scheduler.cost.online import OnlineCost  # noqa: E402
 from drift_scheduler.dispatch import FACTORIES  # noqa: E402
 from drift_scheduler.domain import (  # noqa: E402
     SLO,
+    DecodeShape,
     Device,
     Finished,
+    Observation,
     Partition,
+    PrefillShape,
     Request,
     Sharing,
     Step,
@@ -86,6 +89,31 @@ MODEL = ModelConfig(
 )
 
 
+DECODE, LAYER, MIXED = 6e-3, 1e-3, 9e-3
+"""Seconds that the stub takes for a decode step, a layer of prefill and a mixed pass."""
+
+
+class StubCosts:
+    """Knows what the stub takes, as a profile knows a device; what learns on top of it does so here, too."""
+
+    def prefill(self, work: PrefillShape, units: int) -> float:
+        return LAYER * LAYERS
+
+    def decode(self, work: DecodeShape, units: int) -> float:
+        return DECODE
+
+    def fused(self, prefill: PrefillShape, decode: DecodeShape, units: int) -> float:
+        return MIXED
+
+    def slowdown(
+        self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
+    ) -> tuple[float, float]:
+        return 1.0, 1.0
+
+    def observe(self, observation: Observation) -> None:
+        return
+
+
 class Splits:
     """An H200's menu, with nothing behind it."""
 
@@ -109,7 +137,9 @@ def build(running: int) -> CudaExecutor:
     """An executor whose device computes nothing: 6 ms a decode step, 1 ms a layer of prefill."""
     stub = StubDevice(
         UNITS,
-        lambda work, place: {"decode": 6e-3, "prefill": 1e-3 * work.layers}.get(work.name, 2e-6),
+        lambda work, place: {"decode": DECODE, "prefill": LAYER * work.layers, "mixed": MIXED}.get(
+            work.name, 2e-6
+        ),
         runs=False,
         checks=False,
     )
@@ -134,6 +164,7 @@ class Watch:
 
     def __init__(self, executor: CudaExecutor, running: int, steps: int) -> None:
         self.gaps: list[float] = []
+        self.decided_ahead = 0.0  # share of all decisions
         self.totals: list[float] = []
         self._executor, self._running, self._left = executor, running, steps
         self._seen = self._spent = 0.0
@@ -165,7 +196,7 @@ class Watch:
                 after = self._executor.times.spent["submit"][-1] - launched[-1] if launched else 0.0
                 self.gaps.append(now - self._seen - after)
                 spent = self._executor.times.spent
-                beside = sum(sum(spent.pop(name, ())) for name in ("prepare", "settle"))
+                beside = sum(sum(spent.pop(name, ())) for name in ("prepare", "settle", "decide ahead"))
                 self.totals.append(now - self._seen + beside)
                 left, joined = len(before.difference(ids)), len(set(ids) - before)
                 self.changes.append((left, joined, gang.prefill is not None))
@@ -186,9 +217,10 @@ def measure(
     changing: bool = True,
     sampling: SamplingParams = GREEDY,
     repeats: int = 1,
+    ahead: bool = True,
 ) -> dict[str, Any]:
     """Times of decoding `running` requests, each step's the least over the repeats."""
-    watches = [run(running, steps, policy, changing, sampling) for _ in range(repeats)]
+    watches = [run(running, steps, policy, changing, sampling, ahead) for _ in range(repeats)]
     gaps = [min(times) for times in zip(*(watch.gaps for watch in watches), strict=True)]
     totals = [min(times) for times in zip(*(watch.totals for watch in watches), strict=True)]
     changes = watches[0].changes
@@ -197,6 +229,7 @@ def measure(
         kinds.setdefault(_described(change), []).append(gap)
     return {
         "steps": len(gaps),
+        "decided_ahead": statistics.mean(watch.decided_ahead for watch in watches),
         "left_per_step": statistics.mean(left for left, _, _ in changes),
         "joined_per_step": statistics.mean(joined for _, joined, _ in changes),
         "prefills_begun_per_step": statistics.mean(begun for _, _, begun in changes),
@@ -217,7 +250,9 @@ def _described(change: tuple[int, int, bool]) -> str:
     return ", ".join(name for name, there in named if there) or "nothing"
 
 
-def run(running: int, steps: int, policy: str, changing: bool, sampling: SamplingParams) -> Watch:
+def run(
+    running: int, steps: int, policy: str, changing: bool, sampling: SamplingParams, ahead: bool = True
+) -> Watch:
     """Decoding of `running` requests. `changing`: as one ends, another arrives, every other step; else nobody ends."""
     draw = random.Random(running)
     executor = build(running)
@@ -227,9 +262,11 @@ def run(running: int, steps: int, policy: str, changing: bool, sampling: Samplin
         executor.kv,
         FACTORIES[policy](),
         TightestDecode(),
-        FlatCosts(),
+        OnlineCost(StubCosts(), LAYERS),
         Limits(max_running=running),
     )
+    if ahead:
+        executor.meanwhile = scheduler.plan_ahead
     watch = Watch(executor, running, steps)
     gc.collect()
     gc.freeze()  # as the engine does
@@ -252,6 +289,7 @@ def run(running: int, steps: int, policy: str, changing: bool, sampling: Samplin
     for _ in range(running):
         arrive(draw.randint(5, 400) if changing else 4000)
     serve(scheduler, executor, deliver)
+    watch.decided_ahead = scheduler.plans_used / scheduler.steps
     gc.unfreeze()
     return watch
 
@@ -271,6 +309,7 @@ def main() -> None:
         "--sampled", action="store_true", help="draw tokens (temperature, top-p), not the likeliest"
     )
     parser.add_argument("--repeats", type=int, default=1, help="runs, of which each step's least time counts")
+    parser.add_argument("--not-ahead", action="store_true", help="decide only when a step has ended")
     parser.add_argument("--json", default=None, metavar="PATH")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -281,7 +320,7 @@ def main() -> None:
         for name, changing in (("steady", False), ("changing", True)):
             row = measure(
                 count, options.steps, options.dispatch, changing=changing, sampling=sampling,
-                repeats=options.repeats,
+                repeats=options.repeats, ahead=not options.not_ahead,
             )  # fmt: skip
             found[f"{count} {name}"] = row
             print(
@@ -292,7 +331,8 @@ def main() -> None:
     if options.json:
         report = {
             "schema": "drift.bench.host-step/1", "python": platform.python_version(), "cpus": os.cpu_count(),
-            "dispatch": options.dispatch, "sampled": options.sampled, "repeats": options.repeats, "running": found,
+            "dispatch": options.dispatch, "sampled": options.sampled, "repeats": options.repeats,
+            "ahead": not options.not_ahead, "running": found,
         }  # fmt: skip
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

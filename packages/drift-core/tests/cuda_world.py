@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from typing import Any
 
 import torch
@@ -145,9 +146,13 @@ def run(
     max_running: int = 8,
     on_step: Callable[[Step], None] = lambda step: None,
     ends: Sequence[FinishReason] = (FinishReason.LENGTH, FinishReason.STOP),
+    ahead: bool = True,
     **options: Any,
 ) -> dict[str, list[int]]:
-    """Serve the load; the tokens of each request. Every request must end for one of `ends`."""
+    """Serve the load; the tokens of each request. Every request must end for one of `ends`.
+
+    `ahead`: decide while the device works, as far as the executor lets the scheduler.
+    """
     scheduler = Scheduler(
         executor.device,
         executor.kv,
@@ -156,6 +161,10 @@ def run(
         FlatCosts(),
         Limits(max_running),
     )
+    if ahead and hasattr(executor, "meanwhile"):
+        executor.meanwhile = lambda: scheduler.plan_ahead(
+            near=inf
+        )  # the stub's times are not those predicted
     found: dict[str, list[int]] = {}
     left = load.count
 

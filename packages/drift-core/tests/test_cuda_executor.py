@@ -29,6 +29,7 @@ from drift_scheduler.domain import (
     Request,
     RequestArrived,
     Sharing,
+    Step,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -138,6 +139,36 @@ def test_preempted_requests_are_recomputed_alike() -> None:
     assert executor.kv.stats.admissions > load.count, "nobody was preempted"
     assert tight == roomy
     assert stub.faults == []
+
+
+@pytest.mark.parametrize("policy", ["gang", "drift", "chunked-prefill", "temporal", "streams"])
+def test_most_decisions_are_made_while_the_device_works(policy: str, greedy_tokens: Any) -> None:
+    stub = StubDevice(UNITS)
+    executor = ready(stub)
+    steps: list[Step] = []
+    found = run(executor, Load(), policy, on_step=steps.append)
+    assert found == greedy_tokens
+    assert stub.faults == []
+    decided = [step for step in steps if step.gang is not None]
+    assert sum(step.ahead for step in decided) > 0.5 * len(decided)
+
+
+def test_nothing_else_is_done_meanwhile_when_nothing_runs() -> None:
+    executor = ready(StubDevice(UNITS))
+    asked: list[bool] = []
+
+    def meanwhile() -> bool:
+        asked.append(bool(executor._running))
+        return False
+
+    executor.meanwhile = meanwhile
+    arrive(executor, "a", [1, 2, 3])
+    prefill_alone(executor, "a", 3)
+    finish(executor, decode_alone(executor, "a"))
+    executor.shut_down()
+    assert executor.wait(None) is None
+    assert asked
+    assert all(asked)
 
 
 def test_host_chosen_tokens_are_those_of_the_cpu_executor() -> None:

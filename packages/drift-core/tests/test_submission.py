@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import random
 import time
 import weakref
 from collections.abc import Callable, Coroutine
@@ -13,7 +14,7 @@ import pytest
 
 from drift_core import submission as module
 from drift_core.frames import TokenLogprob
-from drift_core.submission import Columns, Progress, Submission, Turns
+from drift_core.submission import Columns, Progress, Stretch, Submission, Turns
 from drift_scheduler.errors import DriftError
 
 Forgotten = list[tuple[str, bool]]
@@ -339,76 +340,155 @@ def test_tokens_and_times_are_taken_once_and_all_times_are_kept() -> None:
     assert progress.times == [0.0, 0.1, 0.2, 0.3]
 
 
+def columns_of(*requests: Progress) -> Columns:
+    """Columns that find these requests."""
+    return Columns({request.id: request for request in requests}.get)
+
+
 def test_columns_give_each_member_its_own_tokens() -> None:
-    columns, a, b = Columns(), Progress("a"), Progress("b")
+    a, b = Progress("a"), Progress("b")
+    columns = columns_of(a, b)
+    ids = ["a", "gone", "b"]
     a.add(1, 0.0)
-    columns.admit(a, 0)
-    columns.admit(b, 2)
-    columns.add([2, 99, 3], 0.1)
+    columns.add(ids, [2, 99, 3], 0.1)
     assert (a.behind, a.oldest, b.behind, b.oldest) == (2, 0.0, 1, 0.1)
     assert a.take() == ([1, 2], [0.0, 0.1], None)
-    columns.add([4, 99, 5], 0.2)
-    columns.add([6, 99, 7], 0.3)
+    columns.add(ids, [4, 99, 5], 0.2)
+    columns.add(ids.copy(), [6, 99, 7], 0.3)
     assert (a.behind, a.oldest, b.behind) == (2, 0.2, 3)
     assert a.take() == ([4, 6], [0.2, 0.3], None)
     assert a.take() == ([], [], None)
     assert (a.behind, a.oldest) == (0, None)
     b.leave()
-    columns.add([8, 99, 9], 0.4)
+    columns.add(ids, [8, 99, 9], 0.4)
     assert b.take() == ([3, 5, 7], [0.1, 0.2, 0.3], None)
     assert a.take() == ([8], [0.4], None)
     assert a.times == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
+def test_offsets_are_taken_with_the_tokens_and_times_when_it_leaves() -> None:
+    request = Progress("a")
+    columns = columns_of(request)
+    request.add(1, 2.0)
+    assert request.take_offsets(3_000_000) == ([1], [0]), "never before the beginning"
+    for step in range(3):
+        columns.add(["a"], [step], 2.5 + step)
+    assert request.take_offsets(3_000_000) == ([0, 1, 2], [0, 500_000, 1_500_000])
+    columns.add(["a"], [3], 5.5)
+    assert request.take_offsets(3_000_000) == ([3], [2_500_000])
+    columns.add(["b", "a"], [9, 4], 6.5)
+    columns.add(["a"], [5], 7.5)
+    assert request.take_offsets(3_000_000) == ([4, 5], [3_500_000, 4_500_000])
+    assert request.take_offsets(3_000_000) == ([], [])
+    request.leave()
+    assert request.times == [2.0, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_requests_come_and_go_and_each_has_its_own_tokens_in_order(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Read at odd times, by either way; each token says whose it is and of which step."""
+    monkeypatch.setattr(module, "MAX_ROWS", rows)
+    chance = random.Random(rows)
+    requests = {str(number): Progress(str(number)) for number in range(9)}
+    columns = Columns(requests.get)
+    due: dict[str, list[int]] = {name: [] for name in requests}
+    got: dict[str, list[int]] = {name: [] for name in requests}
+    members = ["1", "2"]
+    for step in range(400):
+        if chance.random() < 0.4:
+            members = chance.sample(sorted(requests), chance.randrange(1, 9))
+        if chance.random() < 0.1:
+            name = chance.choice(sorted(requests))
+            requests[name].add(-step, float(step))
+            due[name].append(-step)
+        assert columns.add(list(members), [step * 10 + int(name) for name in members], float(step))
+        for name in members:
+            due[name].append(step * 10 + int(name))
+        for name in chance.sample(sorted(requests), 3):
+            request, waiting = requests[name], due[name][len(got[name]) :]
+            assert request.behind == len(waiting)
+            assert request.oldest == (
+                float(abs(waiting[0]) // (10 if waiting[0] > 0 else 1)) if waiting else None
+            )
+            if chance.random() < 0.5:
+                got[name] += request.take()[0]
+            else:
+                ids, offsets = request.take_offsets(0)
+                assert len(ids) == len(offsets)
+                got[name] += ids
+            assert got[name] == due[name]
+    for name, request in requests.items():
+        got[name] += request.take()[0]
+        assert got[name] == due[name]
+        assert len(request.times) == len(due[name])
+        assert request.times == sorted(request.times)
+
+
+def test_another_request_of_the_same_id_has_tokens_of_its_own() -> None:
+    requests = {"a": Progress("a")}
+    columns = Columns(requests.get)
+    columns.add(["a"], [1], 0.1)
+    before = requests["a"]
+    before.leave()
+    columns.forget("a")
+    requests["a"] = Progress("a")
+    columns.add(["a"], [2], 0.2)
+    assert (before.take()[0], requests["a"].take()[0]) == ([1], [2])
+
+
+def test_a_request_that_is_there_twice_is_none_for_columns() -> None:
+    request = Progress("a")
+    columns = columns_of(request)
+    assert not columns.add(["a", "a"], [1, 2], 0.1)
+    assert (request.behind, columns.steps) == (0, 0)
+
+
 def test_columns_keep_few_rows_however_late_a_member_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ROWS", 4)
-    columns, late, prompt = Columns(), Progress("late"), Progress("prompt")
-    columns.admit(late, 0)
-    columns.admit(prompt, 1)
+    late, prompt = Progress("late"), Progress("prompt")
+    columns = columns_of(late, prompt)
+    ids = ["late", "prompt"]
     taken: list[int] = []
-    for step in range(10):
-        columns.add([step, -step], float(step))
+    rows: list[weakref.ref[Stretch]] = []
+    for step in range(20):
+        columns.add(ids, [step, -step], float(step))
+        rows.append(weakref.ref(columns._latest))
         if step % 3 == 0:
             taken += prompt.take()[0]
-    assert len(late.token_ids) == 8, "rows are given out by four"
-    assert (late.behind, late.oldest) == (10, 0.0)
-    assert late.take() == (list(range(10)), [float(step) for step in range(10)], None)
-    assert taken == [-step for step in range(10)]
+        late.let_rows_go()
+    assert rows[0]() is None, "nobody reads it any more"
+    assert rows[-1]() is not None
+    assert (late.behind, late.oldest) == (20, 0.0)
+    assert late.take() == (list(range(20)), [float(step) for step in range(20)], None)
+    assert taken == [-step for step in range(19)]
 
 
 def test_log_probabilities_stay_beside_tokens_that_came_by_columns() -> None:
-    columns, progress = Columns(), Progress("a")
-    columns.admit(progress, 0)
-    columns.add([1], 0.1)
-    columns.add([2], 0.2)
+    progress = Progress("a")
+    columns = columns_of(progress)
+    columns.add(["a"], [1], 0.1)
+    columns.add(["a"], [2], 0.2)
     progress.add_logprob(TokenLogprob(-2.0))
-    columns.add([3], 0.3)
+    columns.add(["a"], [3], 0.3)
     assert progress.take() == ([1, 2, 3], [0.1, 0.2, 0.3], [None, TokenLogprob(-2.0)])
-
-
-def test_one_that_moves_to_other_columns_loses_nothing() -> None:
-    before, after, progress = Columns(), Columns(), Progress("a")
-    before.admit(progress, 1)
-    before.add([9, 1], 0.1)
-    after.admit(progress, 0)
-    before.add([9, 9], 0.2)
-    after.add([2], 0.2)
-    assert progress.take() == ([1, 2], [0.1, 0.2], None)
 
 
 class Steps:
     """A world with columns of one request, and steps at times that are told."""
 
     def __init__(self, world: World, submission: Submission, interval: float) -> None:
-        self.turns, self.columns, self.now, self.interval = world.turns, Columns(), time.monotonic(), interval
-        self.columns.admit(submission.requests[0], 0)
+        self.turns, self.now, self.interval = world.turns, time.monotonic(), interval
+        self.request = submission.requests[0]
+        self.columns = columns_of(self.request)
         world.turns.step_is(self.now - interval)
         world.turns.step_is(self.now)
         world.turns.hold = 1.0
 
     def step(self) -> None:
         self.now += self.interval
-        self.columns.add([7], self.now)
+        self.columns.add([self.request.id], [7], self.now)
         self.turns.look()
         self.turns.step_is(self.now)
         self.turns.give()

@@ -46,6 +46,8 @@ def assemble(config: EngineConfig, progress: Progress) -> Engine:
         scheduler = Scheduler(
             executor.device, executor.kv, dispatch, partitions, costs, limits, stopwatch=time.perf_counter
         )
+        if hasattr(executor, "meanwhile"):
+            executor.meanwhile = scheduler.plan_ahead
         observers = registry.observers(settings)
         decisions = DecisionLog(config.log, scheduler, settings) if config.log else None
         joining = _joining(setup)

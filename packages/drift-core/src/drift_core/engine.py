@@ -110,7 +110,11 @@ class Setup:
 
 
 class ModelExecutor(Executor, Protocol):
-    """What the engine needs of an executor beyond what the scheduler does; factories of `drift_executors` make it."""
+    """What the engine needs of an executor beyond what the scheduler does; factories of `drift_executors` make it.
+
+    Optional: `meanwhile`, a call without arguments that the engine sets and `wait` makes while the device works and
+    nothing else is to be done; it says whether it did anything.
+    """
 
     kv: KvPool
     plan: PoolPlan

@@ -224,8 +224,7 @@ class EngineClient:
         self._server: asyncio.AbstractServer | None = None
         self._transport: asyncio.Transport | None = None
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
-        self._columns: Columns | None = None
-        self._columns_of: list[str] = []
+        self._columns = Columns(self._progress)
         self._items = 0
         self._turns = Turns()
         self.pong: Pong | None = None
@@ -276,6 +275,7 @@ class EngineClient:
             self.forget, self._turns, [frame.id for frame in frames], min(frame.slo_tbt for frame in frames)
         )
         for progress in submission.requests:
+            self._columns.forget(progress.id)
             self._in_flight[progress.id] = (progress, submission)
         self._transport.write(data)
         return submission
@@ -395,13 +395,11 @@ class EngineClient:
         self._turns.give()
 
     def _deliver_tokens(self, item: TokensItem, now: float) -> None:
-        columns = None if item.first else self._columns_for(item.ids)
-        if columns is None:
-            self._deliver_one_by_one(item, now)
-            return
         if len(item.token_ids) != len(item.ids):
             raise FrameError(f"a step of {len(item.ids)} requests has {len(item.token_ids)} tokens")
-        columns.add(item.token_ids, now)
+        if item.first or not self._columns.add(item.ids, item.token_ids, now):
+            self._deliver_one_by_one(item, now)
+            return
         if item.logprobs:
             for request_id in item.logprobs:
                 if (found := self._in_flight.get(request_id)) is not None:
@@ -413,31 +411,16 @@ class EngineClient:
                 submission.look_at_lag()
 
     def _deliver_one_by_one(self, item: TokensItem, now: float) -> None:
-        """First tokens; whoever got one is not in the columns, or is another one than was."""
-        self._drop_columns()
+        """First tokens, or several of one request."""
         for request_id, token_id in zip(item.ids, item.token_ids, strict=True):
             if (found := self._in_flight.get(request_id)) is not None:
                 found[0].add(token_id, now)
                 self._add_logprob(found[0], item)
                 found[1].notify(urgent=item.first)
 
-    def _columns_for(self, ids: list[str]) -> Columns | None:
-        """The columns of these requests, new ones if they are others than a step ago; `None` if one is there twice."""
-        if self._columns is not None and (self._columns_of is ids or self._columns_of == ids):
-            return self._columns
-        self._drop_columns()
-        if len(set(ids)) < len(ids):
-            return None
-        self._columns, self._columns_of = Columns(), ids
-        for place, request_id in enumerate(ids):
-            if (found := self._in_flight.get(request_id)) is not None:
-                self._columns.admit(found[0], place)
-        return self._columns
-
-    def _drop_columns(self) -> None:
-        if self._columns is not None:
-            self._columns.settle()
-            self._columns = None
+    def _progress(self, request_id: str) -> Progress | None:
+        found = self._in_flight.get(request_id)
+        return None if found is None else found[0]
 
     @staticmethod
     def _add_logprob(progress: Progress, item: TokensItem) -> None:

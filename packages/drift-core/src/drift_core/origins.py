@@ -25,7 +25,7 @@ from drift_core.frames import (
     TokensItem,
 )
 from drift_scheduler.errors import DriftError
-from drift_scheduler.scheduler import Tracked
+from drift_scheduler.tracked import Tracked
 
 Send = Callable[[ToGateway], None]
 

@@ -28,8 +28,8 @@ they wait about as long at 6 as at 2 with 256 streams, for less time per message
 SHARE_OF_TBT: Final = 0.25
 """Of a request's TBT target, what its tokens may wait for others' before they are the more urgent ones."""
 
-MAX_ROWS: Final = 256
-"""Steps whose tokens are kept for readers that are late, before each gets its own for itself."""
+MAX_ROWS: Final = 128
+"""Steps whose tokens are kept together; who is later than that gets its own for itself."""
 
 LONGEST_HOLD_S: Final = 0.05
 """Tokens are kept no longer than this, whatever the target."""
@@ -55,68 +55,79 @@ GIVEN_UP_S: Final = 30.0
 """How long a reader whose requests were cancelled may still take to hear of it."""
 
 
+class Stretch:
+    """Steps one after another in which the same requests got a token each; `places` says where each one's is.
+
+    `first`: how many steps were there before. `micros` are the times in whole microseconds since `base`: small numbers
+    are added in half the time. `next`: the stretch that follows, in which some requests are others, or none are.
+    """
+
+    __slots__ = ("__weakref__", "base", "first", "micros", "next", "places", "rows", "times")
+
+    def __init__(self, places: dict[str, int], first: int, base: int) -> None:
+        self.places, self.first, self.base = places, first, base
+        self.rows: list[list[int]] = []
+        self.times: list[float] = []
+        self.micros: list[int] = []
+        self.next: Stretch | None = None
+
+
 class Columns:
-    """Tokens of requests that get one each at every step, for as long as they are the same requests.
+    """Tokens of requests that get one each at every step.
 
     A step's token ids stay the one list that came, and its time is kept once: whoever reads takes its own place out of
     each when it is its turn. Telling hundreds of requests of a token one by one would take longer than all else that a
-    step brings.
+    step brings. Where a request comes or goes a new stretch begins, and the others find their way into it when they
+    read: each holds the stretch that it reads, and so those that follow, and what all have read is gone.
+
+    `find` gives a request in flight by its id.
     """
 
-    __slots__ = ("_members", "base", "micros", "rows", "start", "times")
-
-    def __init__(self) -> None:
-        self._members: list[Progress] = []
-        self.rows: list[list[int]] = []
-        """The latest steps' token ids."""
-        self.micros: list[int] = []
-        """Those steps' times in whole microseconds since `base`: small numbers are added in half the time."""
-        self.base = 0
-        self.start = 0
-        """Steps that were there before the first row."""
-        self.times: list[float] = []
-        """Of all steps there were."""
-
-    @property
-    def steps(self) -> int:
+    def __init__(self, find: Callable[[str], Progress | None]) -> None:
+        self._find = find
+        self._ids: list[str] | None = None
+        self._latest = Stretch({}, 0, 0)
+        self.steps = 0
         """That it was ever told of."""
-        return self.start + len(self.rows)
 
-    def admit(self, member: Progress, place: int) -> None:
-        """From now on it gets what is at `place` of each row."""
-        member.leave()
-        member.join(self, place, self.steps)
-        self._members.append(member)
+    def add(self, ids: list[str], token_ids: list[int], now: float) -> bool:
+        """One step's tokens; `False` if a request is there twice, and nothing was done."""
+        latest = self._latest
+        if (ids is not self._ids and ids != self._ids) or len(latest.rows) >= MAX_ROWS:
+            begun = self._begin(ids, int(now * 1e6))
+            if begun is None:
+                return False
+            latest = begun
+        latest.rows.append(token_ids)
+        latest.times.append(now)
+        latest.micros.append(int(now * 1e6) - latest.base)
+        self.steps += 1
+        return True
 
-    def add(self, token_ids: list[int], now: float) -> None:
-        """One step's tokens."""
-        micros = int(now * 1e6)
-        if not self.times:
-            self.base = micros
-        self.rows.append(token_ids)
-        self.times.append(now)
-        self.micros.append(micros - self.base)
-        if len(self.rows) >= MAX_ROWS:
-            self._drop(MAX_ROWS // 2)
+    def forget(self, request_id: str) -> None:
+        """Another request of this id will come."""
+        if self._latest.places.pop(request_id, None) is not None:
+            self._ids = None
 
-    def settle(self) -> None:
-        """Every member has its tokens for itself."""
-        for member in self._members:
-            member.settle(self)
+    def _begin(self, ids: list[str], micros: int) -> Stretch | None:
+        """A stretch of these requests: those that were not in the one before join, and those that no longer are leave.
 
-    def _drop(self, rows: int) -> None:
-        """Keep the first of them no longer: members who would miss them have theirs for themselves."""
-        stop = self.start + rows
-        for member in self._members:
-            if member.taken < stop:
-                member.settle(self)
-        self.start = stop
-        del self.rows[:rows], self.micros[:rows]
-
-    def since(self, step: int, place: int) -> tuple[list[int], list[int]]:
-        """What is at a place of the rows from a step on, and their times in whole microseconds."""
-        start, base = step - self.start, self.base
-        return [row[place] for row in self.rows[start:]], [at + base for at in self.micros[start:]]
+        `None` if one is there twice.
+        """
+        latest = self._latest
+        places = dict(zip(ids, range(len(ids)), strict=True))
+        if len(places) < len(ids):
+            return None
+        for request_id in latest.places.keys() - places.keys():
+            if (gone := self._find(request_id)) is not None:
+                gone.leave()
+        begun = Stretch(places, self.steps, micros)
+        for request_id in places.keys() - latest.places.keys():
+            if (come := self._find(request_id)) is not None:
+                come.join(self, begun)
+        latest.next = self._latest = begun
+        self._ids = ids
+        return begun
 
 
 class Progress:
@@ -130,13 +141,14 @@ class Progress:
         "_columns",
         "_own_micros",
         "_place",
+        "_row",
+        "_stretch",
         "_timed",
         "accepted",
         "finished",
         "id",
         "logprobs",
         "micros",
-        "taken",
         "times",
         "token_ids",
     )
@@ -152,26 +164,29 @@ class Progress:
         self.logprobs: list[TokenLogprob | None] | None = None
         self.finished: FinishedItem | None = None
         self._columns: Columns | None = None
+        self._stretch: Stretch | None = None  # what is read; it is in all that follow, too
         self._place = 0
-        self.taken = 0
-        """Steps of the columns whose tokens are not there for it any more."""
-        self._timed = 0  # steps of the columns whose times are in `times`
+        self._row = 0  # of the stretch, the first that was not read
+        self._timed = 0  # times of the stretch that are in `times`
 
     @property
     def behind(self) -> int:
         """Tokens not taken yet."""
-        columns = self._columns
-        return len(self.token_ids) + (0 if columns is None else columns.steps - self.taken)
+        return len(self.token_ids) + self._behind_columns()
 
     @property
     def oldest(self) -> float | None:
         """The time of the first token not taken yet."""
         if own := len(self.token_ids):
             return self.times[-own]
-        columns = self._columns
-        if columns is None or len(columns.times) == self.taken:
+        stretch = self._stretch
+        if stretch is None:
             return None
-        return columns.times[self.taken]
+        if self._row < len(stretch.times):
+            return stretch.times[self._row]
+        if stretch.next is None:
+            return None
+        return self._go_on(stretch, stretch.next).times[0]
 
     def add(self, token_id: int, now: float) -> None:
         """One more token."""
@@ -195,18 +210,17 @@ class Progress:
 
         Most messages are made of these, so what they do not need is not done.
         """
-        columns = self._columns
-        if columns is None or self.token_ids:
+        stretch = self._stretch
+        if stretch is None or self.token_ids:
             token_ids, _, _ = self.take()
             offsets = [at - begun for at in self.micros]
         else:
-            rows, micros = columns.rows, columns.micros
-            if start := self.taken - columns.start:
-                rows, micros = rows[start:], micros[start:]
-            self.taken += len(rows)
-            place, since = self._place, columns.base - begun
-            token_ids = [row[place] for row in rows]
-            offsets = [at + since for at in micros]
+            token_ids, offsets = self._read(stretch, begun)
+            while stretch.next is not None:
+                stretch = self._go_on(stretch, stretch.next)
+                more_ids, more_offsets = self._read(stretch, begun)
+                token_ids += more_ids
+                offsets += more_offsets
         if offsets and offsets[0] < 0:
             offsets = [max(offset, 0) for offset in offsets]
         return token_ids, offsets
@@ -219,29 +233,55 @@ class Progress:
         self.logprobs.extend([None] * (len(self.token_ids) - 1 - len(self.logprobs)))
         self.logprobs.append(logprob)
 
-    def join(self, columns: Columns, place: int, step: int) -> None:
-        """Tokens come that way from a step on."""
-        self._columns, self._place, self.taken, self._timed = columns, place, step, step
+    def join(self, columns: Columns, stretch: Stretch) -> None:
+        """Tokens come that way, from the beginning of a stretch on."""
+        self.leave()
+        self._columns, self._stretch, self._place = columns, stretch, stretch.places[self.id]
+        self._row = self._timed = 0
 
-    def settle(self, columns: Columns | None = None) -> None:
-        """Take what is in the columns; with `columns`, if it is those that tokens come by."""
-        current = self._columns
-        if current is None or (columns is not None and columns is not current):
-            return
-        steps = current.steps
-        if self.taken < steps:
-            token_ids, micros = current.since(self.taken, self._place)
+    def settle(self) -> None:
+        """Take what is in the columns."""
+        stretch = self._stretch
+        while stretch is not None:
+            token_ids, micros = self._read(stretch, 0)
             self.token_ids += token_ids
             self._own_micros += micros
-            self.taken = steps
-        if self._timed < steps:
-            self.times += current.times[self._timed :]
-            self._timed = steps
+            if stretch.next is None:
+                self.times += stretch.times[self._timed :]
+                self._timed = self._row
+                break
+            stretch = self._go_on(stretch, stretch.next)
 
     def leave(self) -> None:
         """Tokens do not come by columns any more."""
         self.settle()
-        self._columns = None
+        self._columns = self._stretch = None
+
+    def let_rows_go(self) -> None:
+        """Take what is in the columns if they are kept for this one's sake."""
+        if self._behind_columns() > MAX_ROWS:
+            self.settle()
+
+    def _behind_columns(self) -> int:
+        """Tokens not taken out of columns: whoever is in them has one at every step."""
+        columns, stretch = self._columns, self._stretch
+        return 0 if columns is None or stretch is None else columns.steps - stretch.first - self._row
+
+    def _read(self, stretch: Stretch, begun: int) -> tuple[list[int], list[int]]:
+        """What it has not read of a stretch: token ids, and microseconds after `begun`."""
+        rows, micros = stretch.rows, stretch.micros
+        if row := self._row:
+            rows, micros = rows[row:], micros[row:]
+        self._row += len(rows)
+        place, since = self._place, stretch.base - begun
+        return [row[place] for row in rows], [at + since for at in micros]
+
+    def _go_on(self, stretch: Stretch, after: Stretch) -> Stretch:
+        """All of a stretch was read: go to the one after it."""
+        self.times += stretch.times[self._timed :]
+        self._stretch, self._place = after, after.places[self.id]
+        self._row = self._timed = 0
+        return after
 
 
 class Forget(Protocol):
@@ -336,6 +376,8 @@ class Submission:
 
     def look_at_lag(self) -> None:
         """Tokens may have come while the reader was busy."""
+        for request in self.requests:
+            request.let_rows_go()
         if self._waiter is None or self._passing_on:
             self._look_at_lag()
 

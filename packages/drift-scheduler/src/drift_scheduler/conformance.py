@@ -15,6 +15,7 @@ import heapq
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,8 @@ class Outcome:
     gangs: list[Gang] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     preemptions: int = 0
+    planned: int = 0
+    """Decisions that were made ahead."""
 
 
 class FlatCosts:
@@ -118,6 +121,7 @@ class RandomExecutor:
         self.produced: dict[str, int] = {}
         self.forgotten: set[str] = set()
         self.gangs: list[Gang] = []
+        self.meanwhile: Callable[[], bool] | None = None
         for request in requests:
             self._push(request.arrival, RequestArrived(request))
             if rng.random() < hazards.cancel:
@@ -155,6 +159,8 @@ class RandomExecutor:
             if self._busy:
                 raise InvariantError("a lane is busy with nothing due")
             return None
+        if self.meanwhile is not None:
+            self.meanwhile()
         self._now = max(self._now, self._due[0][0])
         events: list[Event] = []
         while self._due and self._due[0][0] <= self._now:
@@ -267,12 +273,14 @@ def exercise(
     limits: Limits | None = None,
     stopwatch: Callable[[], float] | None = None,
     watch: Callable[[Scheduler], Sequence[Observer]] | None = None,
+    ahead: bool = False,
 ) -> Outcome:
     """Run `policy` through a random workload and check every invariant; deterministic under `seed`.
 
     Raises InvariantError. `Outcome.faults` lists what the scheduler refused and its fallback decided instead: a
     policy that conforms leaves it empty. `stopwatch` (monotonic seconds) makes a slow decision a fault; `watch` gives
-    observers of the run.
+    observers of the run. `ahead`: decide while the lanes work, however badly their ends are predicted, as far as the
+    policy lets itself be asked.
     """
     rng = random.Random(seed)
     device = device or small_device()
@@ -291,6 +299,8 @@ def exercise(
     outcome = Outcome()
     told: dict[str, int] = {}
     observers = watch(scheduler) if watch is not None else ()
+    if ahead:
+        executor.meanwhile = lambda: scheduler.plan_ahead(near=inf)
 
     def deliver(step: Step) -> None:
         outcome.steps += 1
@@ -302,7 +312,7 @@ def exercise(
 
     serve(scheduler, executor, deliver, observers)
     outcome.gangs = executor.gangs
-    outcome.preemptions = scheduler.preemptions
+    outcome.preemptions, outcome.planned = scheduler.preemptions, scheduler.plans_used
     _check_end(offered, outcome, kv, scheduler, executor)
     return outcome
 
@@ -354,7 +364,7 @@ def _check_end(
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One ride: a seed, a device of so many units, a pool of so many pages, and hazards."""
+    """One ride: a seed, a device of so many units, a pool of so many pages, and hazards. `ahead`: decide ahead."""
 
     name: str
     seed: int
@@ -363,6 +373,7 @@ class Case:
     pages: int = 64
     requests: int = 30
     hazards: Hazards = Hazards()
+    ahead: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -386,6 +397,9 @@ def _cases() -> tuple[Case, ...]:
         Case("two-units", 51, units=2),
         Case("many-units", 52, units=16, layers=32),
         Case("one-layer", 53, layers=1),
+        *(Case(f"ahead-{seed}", seed, ahead=True) for seed in range(60, 62)),
+        Case("ahead-rough", 62, hazards=rough, ahead=True),
+        Case("ahead-small-pool", 63, pages=12, hazards=calm, ahead=True),
     )
 
 
@@ -423,6 +437,7 @@ def run_case(
         hazards=case.hazards,
         stopwatch=stopwatch,
         watch=watch,
+        ahead=case.ahead,
     )
 
 

@@ -76,6 +76,8 @@ class DecisionLog:
         }
         if step.gang is not None:
             line["gang"] = describe_gang(step.gang)
+        if step.ahead:
+            line["ahead"] = True
         self._add_news(line, step)
         if step.observations:
             line["lanes"] = [_observation(seen) for seen in step.observations]

@@ -422,7 +422,8 @@ class Step:
     """What one call of `Scheduler.step` decided: work for the device, news for clients, when to be woken.
 
     `ended`: requests whose executor-side state can go (after the gang is submitted). `faults`: what a policy
-    did wrong in this step, one line each; the built-in fallback decided instead.
+    did wrong in this step, one line each; the built-in fallback decided instead. `ahead`: the decision was made before
+    this step's events came.
     """
 
     gang: Gang | None = None
@@ -431,6 +432,7 @@ class Step:
     ended: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
     observations: tuple[Observation, ...] = ()
+    ahead: bool = False
 
 
 # ---------------------------------------------------------------------------------------- read-only views

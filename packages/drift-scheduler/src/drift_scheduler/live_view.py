@@ -17,7 +17,8 @@ from drift_scheduler.domain import (
 )
 
 if TYPE_CHECKING:
-    from drift_scheduler.scheduler import Flight, Scheduler, Tracked
+    from drift_scheduler.scheduler import Scheduler
+    from drift_scheduler.tracked import Flight, Tracked
 
 IDLE = LaneView()
 
@@ -67,12 +68,12 @@ class LiveView:
     @property
     def prefill_lane(self) -> LaneView:
         """What the prefill lane does."""
-        return _lane(self._s.prefill_flight)
+        return lane_view(self._s.prefill_flight)
 
     @property
     def decode_lane(self) -> LaneView:
         """What the decode lane does."""
-        return _lane(self._s.decode_flight)
+        return lane_view(self._s.decode_flight)
 
     @property
     def prefills(self) -> tuple[PrefillBatch, ...]:
@@ -96,7 +97,7 @@ class LiveView:
                 if self._newcomers >= room:
                     break
                 self._newcomers += 1
-            self._waiting.append(self._describe(tracked))
+            self._waiting.append(self.describe(tracked))
             self._cursor += 1
         return tuple(self._waiting[:limit])
 
@@ -107,7 +108,7 @@ class LiveView:
         for request_id in missing:
             tracked = self._s.live.get(request_id)
             if tracked is not None and tracked.batch is None and tracked.row < 0:
-                seen[request_id] = self._describe(tracked)
+                seen[request_id] = self.describe(tracked)
         return tuple(seen[i] for i in request_ids if i in seen)
 
     def decode_step(self) -> DecodeStep | None:
@@ -153,8 +154,9 @@ class LiveView:
         """Requests that hold pages."""
         return self._s.running
 
-    def _describe(self, tracked: Tracked) -> Waiting:
-        """What was said of it last, where that still holds: queues are looked at far more often than they change."""
+    def describe(self, tracked: Tracked) -> Waiting:
+        """One that waits for prefill: what was said of it last where that still holds, as queues are looked at far more
+        often than they change."""
         s = self._s
         if tracked.described is not None and _still_holds(tracked, tracked.described, s.kv_epoch):
             return tracked.described
@@ -176,7 +178,8 @@ def _still_holds(tracked: Tracked, said: Waiting, kv_epoch: int) -> bool:
     return said.computed == tracked.computed if said.admitted else tracked.described_at == kv_epoch
 
 
-def _lane(flight: Flight | None) -> LaneView:
+def lane_view(flight: Flight | None) -> LaneView:
+    """What a lane does."""
     if flight is None:
         return IDLE
     return LaneView(flight.work, flight.started, flight.started + flight.predicted)

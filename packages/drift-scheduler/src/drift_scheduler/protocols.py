@@ -116,7 +116,9 @@ class DispatchPolicy(Protocol):
 
     Optional: `refuses(device) -> str | None`, asked once by the scheduler; a line it returns is why the policy cannot
     run on that device, and ends the start. Optional: `arrange(setting) -> Setting`, for a policy of another system
-    that simulates on a cluster laid out its own way (see `drift_scheduler.simulation.cluster`).
+    that simulates on a cluster laid out its own way (see `drift_scheduler.simulation.cluster`). Optional: `ahead`, true
+    where `choose` may be asked while the device still works about the state that is expected when a lane ends; what was
+    answered may then not be launched, so nothing may depend on its having been asked.
     """
 
     def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:

@@ -13,7 +13,7 @@ import numpy as np
 from drift_scheduler.domain import DecodeStep, FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from drift_scheduler.scheduler import Tracked
+    from drift_scheduler.tracked import Tracked
 
 
 class DecodeRows:

@@ -16,7 +16,6 @@ from drift_scheduler.dispatch.exclusive import Alternate
 from drift_scheduler.domain import (
     Accepted,
     DecodeDone,
-    DecodeShape,
     DecodeStep,
     Device,
     Event,
@@ -29,11 +28,9 @@ from drift_scheduler.domain import (
     Observation,
     Output,
     Partition,
-    PrefillBatch,
     PrefillBlock,
     PrefillChunk,
     PrefillDone,
-    PrefillShape,
     Request,
     RequestArrived,
     RequestCancelled,
@@ -44,13 +41,13 @@ from drift_scheduler.domain import (
     Waiting,
 )
 from drift_scheduler.errors import DriftError
+from drift_scheduler.foresight import NEAR, ForeseenView, Plan, next_end
 from drift_scheduler.legality import IllegalGangError, check_gang
 from drift_scheduler.lifecycle import Signal, State, advance
 from drift_scheduler.live_view import LiveView
 from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, PartitionPolicy
 from drift_scheduler.rows import DecodeRows
-
-QueueKey = tuple[int, int, float, int]
+from drift_scheduler.tracked import Batch, Flight, QueueKey, Tracked
 
 
 def refuse(device: Device, dispatch: DispatchPolicy) -> None:
@@ -78,98 +75,6 @@ class Limits:
     max_preemptions: int = 3
     max_policy_faults: int = 100
     choose_seconds: float = 0.05
-
-
-class Tracked:
-    """One live request. `known`: prompt and generated tokens; `capacity`: positions that its pages cover. Both are kept
-    in the decode rows while it has a row."""
-
-    __slots__ = (
-        "batch",
-        "cached",
-        "capacity",
-        "computed",
-        "described",
-        "described_at",
-        "ending",
-        "first_token_at",
-        "key",
-        "known",
-        "last_token_at",
-        "late",
-        "preemptions",
-        "recomputed",
-        "request",
-        "row",
-        "scheduled_at",
-        "state",
-        "tbt_max",
-    )
-
-    def __init__(self, request: Request, key: QueueKey) -> None:
-        self.request = request
-        self.key = key
-        self.state = State.WAITING
-        self.known = request.prompt_tokens
-        self.computed = 0
-        self.capacity = 0
-        self.cached = 0
-        self.described: Waiting | None = (
-            None  # what policies were told last, and at which epoch of the KV pool
-        )
-        self.described_at = -1
-        self.recomputed = 0
-        self.preemptions = 0
-        self.scheduled_at: float | None = None
-        self.first_token_at: float | None = None
-        self.last_token_at = request.arrival
-        self.tbt_max = 0.0
-        self.late = 0
-        self.row = -1
-        self.batch: Batch | None = None
-        self.ending = False
-
-    @property
-    def admitted(self) -> bool:
-        """Whether it holds pages."""
-        return self.capacity > 0
-
-
-class Batch:
-    """A prefill batch under way."""
-
-    __slots__ = ("batch_id", "chunks", "deadline", "next_layer", "shape", "tracked")
-
-    def __init__(self, batch_id: int, chunks: tuple[PrefillChunk, ...], tracked: tuple[Tracked, ...]) -> None:
-        self.batch_id = batch_id
-        self.next_layer = 0
-        self.set_members(chunks, tracked)
-
-    def set_members(self, chunks: tuple[PrefillChunk, ...], tracked: tuple[Tracked, ...]) -> None:
-        """Take these chunks; used at the start and when a cancelled request drops out."""
-        self.chunks = chunks
-        self.tracked = tracked
-        self.shape = PrefillShape.of((c.stop - c.start, c.start) for c in chunks)
-        self.deadline = min((t.request.arrival + t.request.slo.ttft for t in tracked), default=float("inf"))
-
-    def snapshot(self) -> PrefillBatch:
-        """What policies see of it."""
-        return PrefillBatch(self.batch_id, self.chunks, self.next_layer, self.deadline, self.shape)
-
-
-@dataclass(slots=True)
-class Flight:
-    """Work a lane is doing. `beside_*`: what ran on the other lane, first, if anything did."""
-
-    work: PrefillBlock | DecodeStep
-    gang: Gang
-    started: float
-    predicted: float
-    overlapped: bool = False
-    beside_prefill: PrefillShape | None = None
-    beside_decode: DecodeShape | None = None
-    batch: Batch | None = None
-    rows: int = 0
 
 
 class Scheduler:
@@ -216,9 +121,16 @@ class Scheduler:
         self._fallback: DispatchPolicy = Alternate()
         self._inherited: tuple[Flight | None, Flight | None] = (None, None)
         self._stopwatch = stopwatch
-        self._view = LiveView(self)
+        self.view = LiveView(self)
+        self._plan: Plan | None = None
+        self._planned_at = -1  # the step after which planning ahead was tried
+        self._lessons: list[Observation] = []  # what the cost model is still to be shown
+        self._learns_later = False
+        self._carried: list[str] = []  # faults between two steps, for the next to tell
+        self.plans = 0  # decisions made ahead, and how many of them held
+        self.plans_used = 0
         self._arrivals = 0
-        self._endings = 0  # requests that were cancelled while a lane works on them
+        self.endings = 0  # requests that were cancelled while a lane works on them
         self._batch_ids = 0
         self._clear_news()
 
@@ -229,24 +141,31 @@ class Scheduler:
         self.now = now
         self.steps += 1
         self._clear_news()
+        plan, self._plan = self._plan, None
+        if plan is not None and not plan.fits(now, events):
+            plan = None
+        self._learn()
+        self._learns_later = plan is not None
         for event in events:
             self._handle(event)
         if self.decode_flight is None:
             self._grow_pages()
         self._unblock()
-        gang = self._decide()
+        held = self.plans_used
+        gang = self._decide(plan)
         return Step(
             gang=gang,
             outputs=tuple(self._outputs),
             ended=tuple(self._ended),
             faults=tuple(self._faults),
             observations=tuple(self._observations),
+            ahead=self.plans_used > held,
         )
 
     def _clear_news(self) -> None:
         self._outputs: list[Output] = []
         self._ended: list[str] = []
-        self._faults: list[str] = []
+        self._faults, self._carried = self._carried, []
         self._observations: list[Observation] = []
 
     def _handle(self, event: Event) -> None:
@@ -262,6 +181,37 @@ class Scheduler:
             case LaneFailed():
                 self._lane_failed(event)
 
+    def plan_ahead(self, near: float = NEAR) -> bool:
+        """Ask the policy now what is to follow once the lane that ends next does; whether that was done.
+
+        For whoever has time while the device works. The next `step` launches it where what happened is what was
+        expected (see `foresight`), which saves the device a wait for the decision. Once after each step, and only
+        policies that say so (`ahead`) are asked. `near`: by what share of the predicted time the lane may end earlier
+        or later for the plan to hold.
+        """
+        if self._planned_at == self.steps or not getattr(self._dispatch, "ahead", False):
+            return False
+        self._planned_at = self.steps
+        self._faults = self._carried
+        self._learn()
+        if self.policy_faults >= self.limits.max_policy_faults:
+            return False
+        try:
+            end = next_end(self)
+            if end is None:
+                return False
+            view = ForeseenView(self, end)
+            if not view.holds or not (view.num_waiting or view.prefills or view.num_decoding):
+                return False
+            gang = self._dispatch.choose(view, self.costs, self._partitions)
+        except (
+            Exception
+        ):  # a third party's may raise anything: it will when asked in earnest, and that counts
+            return True
+        self.plans += 1
+        self._plan = Plan(gang, end.lanes, view.now, near * end.seconds + end.unsure)
+        return True
+
     # ------------------------------------------------------------------------- changes between steps
 
     def set_policies(
@@ -271,6 +221,7 @@ class Scheduler:
 
         Raises DriftError, with nothing changed, where the dispatch policy refuses the device.
         """
+        self._plan = None
         if dispatch is not None:
             refuse(self.device, dispatch)
             self._dispatch = dispatch
@@ -287,6 +238,7 @@ class Scheduler:
         flush = getattr(self.kv, "flush", None)
         if flush is None:
             raise DriftError(f"a KV pool of type {type(self.kv).__name__} keeps its cached prefixes")
+        self._plan = None
         self.kv_epoch += 1  # what look-ups found may be gone
         return int(flush())
 
@@ -335,7 +287,7 @@ class Scheduler:
         self._announce_end(tracked, reason, message)
         if self._in_flight(tracked):
             tracked.ending = True  # its lane still writes its pages; they go when the lane is done
-            self._endings += 1
+            self.endings += 1
         else:
             self._drop(tracked)
 
@@ -370,7 +322,7 @@ class Scheduler:
     def _drop(self, tracked: Tracked) -> None:
         """Take an ended request out of wherever it stands and give its pages back."""
         request_id = tracked.request.id
-        self._endings -= tracked.ending
+        self.endings -= tracked.ending
         if tracked.row >= 0:
             self.rows.remove(tracked.row)
             tracked.computed = tracked.known - 1
@@ -422,7 +374,7 @@ class Scheduler:
             if tracked.request.id not in reasons:
                 reasons[tracked.request.id] = FinishReason.LENGTH
                 ended.append(tracked)
-        gone = [t for t in rows.tracked[:n] if t.ending] if self._endings else []
+        gone = [t for t in rows.tracked[:n] if t.ending] if self.endings else []
         self._tell_tokens(flight.work.request_ids, event, gaps, gone)
         for tracked in gone:
             self._drop(tracked)
@@ -544,10 +496,21 @@ class Scheduler:
             seconds,
         )
         self._observations.append(seen)
-        try:
-            self.costs.observe(seen)
-        except Exception as error:  # a third party's model may raise anything; service goes on
-            self._fault(f"cost model: observe raised {type(error).__name__}: {error}")
+        self._lessons.append(seen)
+        if not self._learns_later:
+            self._learn()
+
+    def _learn(self) -> None:
+        """Show the cost model what it has not seen yet. Nothing is decided from it where a plan is followed, so that it
+        can wait until the device works again."""
+        if not self._lessons:
+            return
+        lessons, self._lessons = self._lessons, []
+        for seen in lessons:
+            try:
+                self.costs.observe(seen)
+            except Exception as error:  # a third party's model may raise anything; service goes on
+                self._fault(f"cost model: observe raised {type(error).__name__}: {error}")
 
     # -------------------------------------------------------------------------------- pages and queue
 
@@ -654,12 +617,14 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------------- deciding
 
-    def _decide(self) -> Gang | None:
+    def _decide(self, plan: Plan | None = None) -> Gang | None:
         if self.prefill_flight is not None and self.decode_flight is not None:
             return None
         if not (self.queue or self.batches or self.rows.n):
             return None
-        gang = self._ask()
+        holds, gang = self._as_planned(plan)
+        if not holds:
+            gang = self._ask()
         if gang is None:
             return None
         applied = self._apply(gang)
@@ -670,8 +635,29 @@ class Scheduler:
             self._launch(applied)
         return applied
 
+    def _as_planned(self, plan: Plan | None) -> tuple[bool, Gang | None]:
+        """Whether a plan may be followed, and what it says now: a decode step is over whoever decodes by now."""
+        if plan is None:
+            return False, None
+        self.view.refresh()
+        gang = plan.gang
+        if gang is not None:
+            step = None if gang.decode is None else self.view.decode_step()
+            if step is None and gang.decode is not None:
+                return False, None
+            gang = Gang(gang.sharing, gang.partition, gang.prefill, step)
+            try:
+                check_gang(self.view, gang)
+            except IllegalGangError:  # not the policy's fault: something came between
+                return False, None
+        elif self._stalled():
+            return False, None
+        self.plans_used += 1
+        return True, gang
+
     def _ask(self) -> Gang | None:
-        self._view.refresh()
+        self._learn()
+        self.view.refresh()
         gang: Gang | None = None
         if self.policy_faults < self.limits.max_policy_faults:
             gang = self._choose(self._dispatch)
@@ -685,9 +671,9 @@ class Scheduler:
         name = type(policy).__name__
         faults = len(self._faults)
         try:
-            gang = policy.choose(self._view, self.costs, self._partitions)
+            gang = policy.choose(self.view, self.costs, self._partitions)
             if gang is not None:
-                check_gang(self._view, gang)
+                check_gang(self.view, gang)
         except IllegalGangError as error:
             gang = None
             if not self._beside_inherited():
@@ -802,8 +788,8 @@ class Scheduler:
 
     def first_waiting(self, limit: int) -> tuple[Waiting, ...]:
         """The first `limit` of the queue, whether or not there are pages and places for them."""
-        self._view.refresh()
-        return self._view.find_waiting([request_id for _, request_id in self.queue[:limit]])
+        self.view.refresh()
+        return self.view.find_waiting([request_id for _, request_id in self.queue[:limit]])
 
     @property
     def partition(self) -> Partition | None:

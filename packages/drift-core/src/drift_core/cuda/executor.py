@@ -3,9 +3,8 @@
 The engine's thread does everything: it fills buffers, launches, and looks at events; it never waits for the
 device. Decode steps and mixed passes are graphs, captured per place and bucket. A prefill block is launched a
 few layers at a time between looks at the decode lane, so that a finished step is seen within one such launch.
-Between `submit`s the next decode step's rows are prepared while the device runs this one. What is *not*
-overlapped: the scheduler's decision and the launch that follows it, because the next step's split and
-requests depend on this step's tokens.
+Between `submit`s the next decode step's rows are prepared while the device runs this one, and `meanwhile` is
+called, by which the scheduler decides ahead. What is *not* overlapped: taking in the tokens, and the launch.
 
 Knows nothing of policies, clients or why work was chosen.
 """
@@ -192,6 +191,8 @@ class CudaExecutor:
         self._formed: set[str] = set()  # requests whose output has a form
         self._masks: list[Matcher] = []  # of the step under way, still to be worked out
         self._settle = kv.settle if isinstance(kv, PagedKv) else None
+        self.meanwhile: Callable[[], bool] | None = None
+        """Called while the device works; says whether it did anything."""
         self._states: list[SequenceState] | None = (
             None  # of the step under way, until they are looked through
         )
@@ -398,6 +399,8 @@ class CudaExecutor:
             self._usual_units.get(Lane.PREFILL in self._running, self._decode_units)
         ):
             self.times.stop("prepare", started)
+        elif self.meanwhile is not None and self.meanwhile():
+            self.times.stop("decide ahead", started)
         elif self._masks:
             self._masks.pop().allowed()
             self.times.stop("masks", started)

@@ -19,6 +19,8 @@ class ChunkedPrefill:
     With nothing to decode there is nothing to stall, so prompts run whole.
     """
 
+    ahead = True
+
     def __init__(self, token_budget: int = 512, max_batch_tokens: int = 8192) -> None:
         self._budget = positive("token_budget", token_budget)
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)

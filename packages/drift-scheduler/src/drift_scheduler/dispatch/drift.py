@@ -75,6 +75,8 @@ class DriftPolicy:
     of a TBT target that estimates may use. `prefill_weight`: what a second of prefill work counts against one of decode
     work; `urgent_weight`, not less: what it counts when the queue needs the whole device to keep its TTFT targets."""
 
+    ahead = True  # and so `_last` may be what was meant to be launched and was not: no worse a hint
+
     def __init__(
         self,
         max_batch_tokens: int = 4096,

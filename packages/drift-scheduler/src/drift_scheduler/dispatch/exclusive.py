@@ -34,25 +34,26 @@ class Alternate:
     `max_batch_tokens`: most uncomputed tokens of one prefill, one longer prompt excepted.
     """
 
+    ahead = True
+
     def __init__(self, max_batch_tokens: int = 8192) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
-        self._prefilled = False
 
     def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
         """The phase whose turn it is, or the other when that one has nothing to do."""
         if view.prefill_lane.busy or view.decode_lane.busy:
             return None
         decode = exclusive_decode(view)
-        if decode is not None and self._prefilled:
-            self._prefilled = False
+        prefilled = view.last_partition == view.device.all_prefill
+        if decode is not None and prefilled:
             return decode
-        prefill = exclusive_prefill(view, self._max_tokens)
-        self._prefilled = prefill is not None
-        return prefill or decode
+        return exclusive_prefill(view, self._max_tokens) or decode
 
 
 class PrefillFirst:
     """Prefill whenever a prompt waits, decode otherwise: best TTFT, and the stalls that chunking set out to cure."""
+
+    ahead = True
 
     def __init__(self, max_batch_tokens: int = 8192) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
@@ -66,6 +67,8 @@ class PrefillFirst:
 
 class DecodeFirst:
     """Decode until the running requests are done, prefill only on an idle device: best TBT, worst TTFT."""
+
+    ahead = True
 
     def __init__(self, max_batch_tokens: int = 8192) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)

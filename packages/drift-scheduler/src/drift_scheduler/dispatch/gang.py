@@ -35,6 +35,8 @@ class GangPolicy:
     urgent one at each layer boundary; 0 turns preemption off. `slice_layers`: false launches every prefill whole, for
     showing what slicing is worth."""
 
+    ahead = True
+
     def __init__(
         self, max_batch_tokens: int = 8192, urgent_scan: int = 16, slice_layers: bool = True
     ) -> None:

@@ -17,6 +17,8 @@ from drift_scheduler.view import View
 class Streams:
     """`max_batch_tokens`: most uncomputed tokens of one prefill, one longer prompt excepted."""
 
+    ahead = True
+
     def __init__(self, max_batch_tokens: int = 8192) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
 

@@ -14,6 +14,8 @@ class Temporal:
     """`max_batch_tokens`: most uncomputed tokens of one prefill batch. At least one layer runs per step, so a target
     that a decode step and one layer cannot meet is missed rather than prefill starved."""
 
+    ahead = True
+
     def __init__(self, max_batch_tokens: int = 8192) -> None:
         self._max_tokens = positive("max_batch_tokens", max_batch_tokens)
 
