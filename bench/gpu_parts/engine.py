@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def outputs(executor: Any, policy: str, length: int = 24) -> list[list[int]]:
     ]
     dispatch = FACTORIES[policy](**({"token_budget": 96} if policy == "chunked-prefill" else {}))
     scheduler = Scheduler(executor.device, executor.kv, dispatch, TightestDecode(), FlatCosts(), Limits(16))
+    executor.meanwhile = lambda: scheduler.plan_ahead(near=inf)  # whatever these crude costs predict
     found: dict[str, list[int]] = {request.id: [] for request in made}
     waiting = made[::-1]
     greedy = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)

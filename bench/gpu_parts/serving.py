@@ -118,6 +118,7 @@ def trial(
         executor.device, executor.kv, dispatch, TightestDecode(), costs,
         Limits(max_running=max_running, max_context_tokens=executor.plan.max_context),
     )  # fmt: skip
+    executor.meanwhile = scheduler.plan_ahead
     begun = executor.now() + 0.01
     shifted = [
         replace(request, id=f"{request.id}@{begun:.6f}", arrival=begun + request.arrival)
