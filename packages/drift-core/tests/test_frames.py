@@ -96,23 +96,40 @@ def test_however_the_bytes_are_cut_the_frames_are_the_same(cuts: list[int]) -> N
     assert [decoder.decode(body) for body in found] == TO_GATEWAY
 
 
-def test_ids_that_are_the_same_again_are_the_same_list() -> None:
-    decoder = frames.FramesOfEngine()
+def test_ids_that_are_the_same_again_are_sent_once_and_are_the_same_list() -> None:
+    encoder, decoder = frames.FramesForGateway(), frames.FramesOfEngine()
+    sizes: list[int] = []
 
     def through(*items: TokensItem) -> list[TokensItem]:
-        (body,) = bodies(encode_frame(StepFrame(1.0, tokens=list(items))))
+        data = encoder.encode(StepFrame(1.0, tokens=list(items)))
+        sizes.append(len(data))
+        (body,) = bodies(data)
         frame = decoder.decode(body)
         assert frame == StepFrame(1.0, tokens=list(items))
         assert isinstance(frame, StepFrame)
         return frame.tokens
 
-    (one,) = through(TokensItem(["a", "b"], [1, 2]))
-    first, two = through(TokensItem(["c"], [9], first=True), TokensItem(["a", "b"], [3, 4]))
+    (one,) = through(TokensItem(["a", "b" * 100], [1, 2]))
+    first, two = through(TokensItem(["c"], [9], first=True), TokensItem(["a", "b" * 100], [3, 4]))
     assert two.ids is one.ids
     assert first.ids == ["c"]
-    (more,) = through(TokensItem(["a", "b", "c"], [5, 6, 7]))
-    (again,) = through(TokensItem(["a", "b", "c"], [8, 9, 10]))
+    (logprobs,) = through(TokensItem(["a", "b" * 100], [3, 4], False, {"a": TokenLogprob(-1.0)}))
+    assert logprobs.ids is one.ids
+    (more,) = through(TokensItem(["a", "b" * 100, "c"], [5, 6, 7]))
+    (again,) = through(TokensItem(["a", "b" * 100, "c"], [8, 9, 10]))
     assert again.ids is more.ids
+    through()
+    through(TokensItem(["d"], [11]), TokensItem(["e"], [12]), TokensItem(["e"], [13]))
+    assert [size > 100 for size in sizes] == [True, False, False, True, False, False, False]
+
+
+def test_ids_of_a_frame_that_was_not_sent_are_sent_with_the_next() -> None:
+    encoder = frames.FramesForGateway()
+    huge = FinishedItem("a", "length", "x" * frames.MAX_FRAME_BYTES)
+    with pytest.raises(FrameError, match="longer than"):
+        encoder.encode(StepFrame(1.0, tokens=[TokensItem(["a"], [1])], finished=[huge]))
+    (body,) = bodies(encoder.encode(StepFrame(1.0, tokens=[TokensItem(["a"], [1])])))
+    assert decode_to_gateway(body) == StepFrame(1.0, tokens=[TokensItem(["a"], [1])])
 
 
 def test_ids_that_are_no_texts_are_refused() -> None:

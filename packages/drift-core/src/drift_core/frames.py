@@ -10,7 +10,7 @@ Times are seconds on `time.monotonic()`, which both processes share. New fields 
 from __future__ import annotations
 
 import struct
-from typing import Any, Final, Union, cast
+from typing import Final
 
 import msgspec
 
@@ -170,7 +170,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class TokensItem(msgspec.Struct, frozen=True, array_like=True):
     """One new token for each listed request; `first`: they are first tokens (all or none).
 
-    `logprobs`: by request id, for those that asked.
+    `logprobs`: by request id, for those that asked. On the wire no ids stand for those of the latest item that was not
+    of first tokens.
     """
 
     ids: list[str]
@@ -324,62 +325,56 @@ def decode_to_engine(body: bytes) -> ToEngine:
         raise FrameError(f"not a frame from a gateway: {error}") from error
 
 
-class _TokensAsSent(msgspec.Struct, frozen=True, array_like=True):
-    """`TokensItem` whose ids were not looked at."""
+class FramesForGateway:
+    """Encodes what an engine tells one gateway, in the order in which it is sent.
 
-    ids: msgspec.Raw
-    token_ids: list[int]
-    first: bool = False
-    logprobs: dict[str, TokenLogprob] | None = None
-
-
-def _as_sent(field: msgspec.structs.FieldInfo) -> tuple[Any, ...]:
-    kind = list[_TokensAsSent] if field.name == "tokens" else field.type
-    if field.required:
-        return field.name, kind
-    return field.name, kind, [] if field.default is msgspec.NODEFAULT else field.default
-
-
-_StepAsSent: Final[Any] = msgspec.defstruct(
-    "_StepAsSent", map(_as_sent, msgspec.structs.fields(StepFrame)), frozen=True, array_like=True, tag="step"
-)
-"""`StepFrame` with such items."""
-
-
-class FramesOfEngine:
-    """Decodes the frames of one engine.
-
-    From step to step mostly the same requests get a token. Their ids are compared as bytes, and are the same list
-    again: with hundreds of requests that is most of the work on a frame.
+    From step to step mostly the same requests get a token. With hundreds of them their ids are nearly all of a frame,
+    so that they are sent once: to leave them out saves both ends most of their work on it.
     """
 
     def __init__(self) -> None:
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
-            Union[Starting, Ready, _StepAsSent, Failed, Pong, Answer]  # noqa: UP007  # one of them is no type to mypy
-        )
-        self._ids: msgspec.msgpack.Decoder[list[str]] = msgspec.msgpack.Decoder(list[str])
-        self._latest = b""
-        self._latest_ids: list[str] = []
+        self._ids: list[str] | None = None
+
+    def encode(self, frame: ToGateway) -> bytes:
+        """The frame's bytes, its length in front. Raises FrameError when it is longer than MAX_FRAME_BYTES."""
+        if not isinstance(frame, StepFrame) or not frame.tokens:
+            return encode_frame(frame)
+        ids, items = self._ids, []
+        for item in frame.tokens:
+            if item.first or not item.ids:
+                items.append(item)
+            elif item.ids == ids:
+                items.append(TokensItem([], item.token_ids, False, item.logprobs))
+            else:
+                items.append(item)
+                ids = item.ids
+        data = encode_frame(msgspec.structs.replace(frame, tokens=items))
+        self._ids = ids
+        return data
+
+
+class FramesOfEngine:
+    """Decodes the frames of one engine; ids that are the same again are the same list."""
+
+    def __init__(self) -> None:
+        self._decoder: msgspec.msgpack.Decoder[ToGateway] = msgspec.msgpack.Decoder(ToGateway)
+        self._ids: list[str] = []
 
     def decode(self, body: bytes) -> ToGateway:
         """The frame in `body` (without its length). Raises FrameError when it is none of the engine's."""
         try:
             frame = self._decoder.decode(body)
-            if not isinstance(frame, _StepAsSent):
-                return cast(ToGateway, frame)
-            tokens = [self._item(item) for item in frame.tokens]
         except msgspec.MsgspecError as error:
             raise FrameError(f"not a frame from an engine: {error}") from error
-        return StepFrame(**(msgspec.structs.asdict(frame) | {"tokens": tokens}))
-
-    def _item(self, item: _TokensAsSent) -> TokensItem:
-        ids = bytes(item.ids)
-        if ids == self._latest:
-            return TokensItem(self._latest_ids, item.token_ids, item.first, item.logprobs)
-        decoded = self._ids.decode(ids)
-        if not item.first:
-            self._latest, self._latest_ids = ids, decoded
-        return TokensItem(decoded, item.token_ids, item.first, item.logprobs)
+        if isinstance(frame, StepFrame):
+            for place, item in enumerate(frame.tokens):
+                if item.first or not item.token_ids:
+                    continue
+                if item.ids:
+                    self._ids = item.ids
+                else:
+                    frame.tokens[place] = TokensItem(self._ids, item.token_ids, False, item.logprobs)
+        return frame
 
 
 class FrameSplitter:

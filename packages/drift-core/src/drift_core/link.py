@@ -24,6 +24,7 @@ from drift_core.frames import (
     Cancel,
     Failed,
     FrameError,
+    FramesForGateway,
     FramesOfEngine,
     FrameSplitter,
     Join,
@@ -94,6 +95,7 @@ class EngineLink:
         self._backlog_bytes = 0
         self._gone = False
         self._closing = False
+        self._encode = FramesForGateway().encode
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -109,8 +111,8 @@ class EngineLink:
 
     def send(self, frame: ToGateway) -> None:
         """Hand a frame over; dropped when the gateway is gone. Raises FrameError on one that is too long."""
-        data = memoryview(encode_frame(frame))
         with self._lock:
+            data = memoryview(self._encode(frame))
             if self._gone or self._closing:
                 return
             if not self._backlog:
