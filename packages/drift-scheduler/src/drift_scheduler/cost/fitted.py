@@ -76,8 +76,11 @@ class FittedCost:
         )
         self._prefill: dict[int, Coefficients] = dict(self._prefill_fits)
         self._decode: dict[int, Coefficients] = dict(self._decode_fits)
+        self._latest: tuple[PrefillShape, DecodeShape, int, float] | None = None
+        """The latest mixed pass: it is predicted once, and looked at four times when it has ended."""
         self._fused_extra = (0.0, 0.0)
         self._fused_extra = self._fit_fused(table.fused)
+        self._latest = None
         self.guard = self._start_guard(slowdown_prefill, slowdown_decode)
 
     def prefill(self, work: PrefillShape, units: int) -> float:
@@ -102,6 +105,9 @@ class FittedCost:
         The chunk's formula with the decode tokens among its new ones, at least the decode's own weight-bound part,
         plus the decode's reading of KV; plus what fused rows of the table showed beyond that.
         """
+        known = self._latest
+        if known is not None and known[0] is prefill and known[1] is decode and known[2] == units:
+            return known[3]
         p = self._prefill.get(units) or self.prefill_coefficients(units)
         d = self._decode.get(units) or self.decode_coefficients(units)
         new = prefill.new_tokens
@@ -111,7 +117,9 @@ class FittedCost:
             p[0] * prefill.new_squared + p[1] * prefill.new_times_reused + d[0] * decode.context_tokens
         )
         fixed, per_token = self._fused_extra
-        return shared + attention + fixed + per_token * new
+        seconds = shared + attention + fixed + per_token * new
+        self._latest = prefill, decode, units, seconds
+        return seconds
 
     def slowdown(
         self, prefill: PrefillShape, decode: DecodeShape, partition: Partition
