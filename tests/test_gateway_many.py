@@ -548,6 +548,30 @@ def test_tenants_limits_are_the_whole_services_and_outlive_a_killed_gateway(tmp_
         run(service, body)
 
 
+def test_sighup_has_all_processes_read_the_tenants_again(tmp_path: Path) -> None:
+    """Without it a changed file is noticed when calls come, which none does here until all have read it."""
+    old, new = new_token(), new_token()
+    tenants = tmp_path / "tenants.toml"
+
+    def write(token: str) -> None:
+        tenants.write_text(f'[tenants.acme]\nrole = "generate"\n\n{token_entry("acme", token)}')
+        tenants.chmod(0o600)
+
+    async def body(found: dict[int, AsyncDriftClient]) -> None:
+        for client in found.values():
+            assert len((await generate(client, [1], 5).complete()).token_ids) == 5
+
+    write(old)
+    with serving("--tenants", str(tenants), token=old) as service:
+        run(service, body)
+        write(new)
+        os.kill(service.process.pid, signal.SIGHUP)
+        read = "took up the changed tenants"
+        wait_until(lambda: sum(read in line for line in service.said) == GATEWAYS + 1)
+        service.token = new
+        run(service, body)
+
+
 def test_certificates_stand_for_the_same_tenant_in_all_processes(tmp_path: Path) -> None:
     authority = trustme.CA()
     ca = tmp_path / "ca.pem"
