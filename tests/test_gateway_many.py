@@ -419,6 +419,24 @@ def test_a_stopped_gateway_is_ended_and_its_requests_are_freed() -> None:
         wait_until(lambda: service.heard("gateway 1 is gone .its loop did not answer"))
 
 
+def test_a_gateway_that_hangs_while_it_starts_is_started_again() -> None:
+    with serving("--hang-timeout", "1") as service:
+        first = service.gateway_pid(1)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: not alive(first))
+
+        def second() -> int | None:
+            try:
+                return service.gateway_pid(1)
+            except ValueError:
+                return None
+
+        wait_until(lambda: second() is not None)
+        os.kill(second() or 0, signal.SIGSTOP)
+        wait_until(lambda: service.heard("gateway 1 is gone .it did not serve within 6 s of the engine"))
+        run(service, lambda found: asyncio.sleep(0))
+
+
 def test_when_the_engine_crashes_all_fail_alike_and_serve_again_when_it_is_back(shared: Service) -> None:
     async def body(found: dict[int, AsyncDriftClient]) -> None:
         streams = [await begun(client, 20_000) for client in found.values()]

@@ -55,6 +55,8 @@ ANSWER_S: Final = 5.0
 """How long a member may take to answer; one that hangs is ended anyway."""
 OVERTIME_S: Final = 10.0
 """How long a member may take to stop beyond the times it was given."""
+STARTS: Final = 6
+"""Hang timeouts that a member has from its start, or the engine's, until it serves."""
 
 
 class _Member:
@@ -273,12 +275,25 @@ class Fleet:
     async def _watch_for_hangs(
         self, member: _Member, process: ChildProcess, link: FleetLink[ToFleet]
     ) -> None:
-        """Watched from when it serves: before, it may be busy with its tokenizer for long."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: member.serving)
-        await hang_of(link, self._options.operations.hang_timeout)
-        member.trouble = f"its loop did not answer for {self._options.operations.hang_timeout:g} s"
+        """Its loop answers from when it serves: before, it may be busy with its tokenizer, but not for ever."""
+        timeout = self._options.operations.hang_timeout
+        if await self._begins(member, STARTS * timeout):
+            await hang_of(link, timeout)
+            member.trouble = f"its loop did not answer for {timeout:g} s"
+        else:
+            member.trouble = f"it did not serve within {STARTS * timeout:g} s of the engine's being ready"
         process.kill()
+
+    async def _begins(self, member: _Member, seconds: float) -> bool:
+        """Whether a member serves within `seconds` in which there is an engine."""
+        while True:
+            engine = self.supervisor.served
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds), self._changed:
+                    await self._changed.wait_for(lambda: member.serving)
+                    return True
+            if engine is not None and engine is self.supervisor.served:
+                return False
 
     async def _lost(self, member: _Member) -> None:
         """Its process is gone; what tenants had in flight through it is not any more."""
