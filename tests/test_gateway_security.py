@@ -20,6 +20,7 @@ from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.admin import AdminPort
 from drift_gateway.connection import Connection
 from drift_gateway.http.metrics import MetricsPage
+from drift_gateway.refusal import Reason
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2, info_pb2_grpc
 
@@ -324,6 +325,27 @@ def test_prefixes_are_never_shared_across_tenants(keys: Keys) -> None:
         assert "" not in first
 
     run_with_gateway(body, security=keys.security())
+
+
+def test_tenants_do_not_get_in_each_others_way_with_names(keys: Keys) -> None:
+    one, other = keys.add("one"), keys.add("other")
+
+    async def body(under: UnderTest) -> None:
+        async with client_of(under, one) as first, client_of(under, other) as second:
+            calls = [client.generate(token_ids=[1], request_id="same") for client in (first, second)]
+            streams = [asyncio.ensure_future(until_the_end(aiter(call))) for call in calls]
+            await under.until(lambda engine: len(engine.submits()) == 2)
+            assert {submit.id for submit in under.engine.submits()} == {"one same#0", "other same#0"}
+            error = await refused(first.generate(token_ids=[1], request_id="same").complete())
+            assert error.reason == Reason.REQUEST_ID_IN_USE
+            assert under.supervisor.abort_by_admin(["same", "unheard of"]) == ["same"]
+            for stream in streams:
+                with pytest.raises(api.RequestError) as ended:
+                    await stream
+                assert ended.value.reason == Reason.ABORTED_BY_ADMIN
+        assert under.supervisor.request_ids() == []
+
+    run_with_gateway(body, security=keys.security(), token=one, paused=True)
 
 
 def test_requests_per_second(keys: Keys) -> None:

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingError, SamplingParams, Structured
+from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call
 from drift_gateway.forms import FORMS
 from drift_gateway.gate import Asked, Verdict
@@ -46,7 +47,7 @@ class Admitted:
     """A request that may go to the engine. `slo` and `priority`: what it runs under, which the gate may have changed.
 
     `salt`: what its cached prefixes are shared under, besides the tenant. `predicted_ttft`: seconds from arrival,
-    where known.
+    where known. `tenant`: whose it is; each has names of its own.
     """
 
     request_id: str
@@ -59,11 +60,13 @@ class Admitted:
     reuse_tokens: int | None = None
     predicted_ttft: float | None = None
     demoted: bool = False
+    tenant: str = ""
 
     @property
     def output_ids(self) -> list[str]:
-        """What the engine knows its outputs by."""
-        return [f"{self.request_id}#{k}" for k in range(self.sampling.n)]
+        """What the engine knows its outputs by: `TENANT REQUEST#NUMBER`, where there are tenants."""
+        owner = f"{self.tenant} " if self.tenant else ""
+        return [f"{owner}{self.request_id}#{k}" for k in range(self.sampling.n)]
 
     def frames(self) -> list[Submit]:
         """One per output: `n` requests of one output each that share the prompt."""
@@ -128,6 +131,7 @@ class Checked:
             reuse_tokens=self.reuse_tokens,
             predicted_ttft=verdict.predicted_ttft(now - call.arrival),
             demoted=verdict.demoted,
+            tenant=current_tenant().name,
         )
 
 

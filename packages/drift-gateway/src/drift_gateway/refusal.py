@@ -79,7 +79,7 @@ CASES: Final[Mapping[Reason, Case]] = MappingProxyType(
             _CODE.INVALID_ARGUMENT, "a field is wrong; the message starts with its path"
         ),
         Reason.MODEL_NOT_FOUND: Case(_CODE.NOT_FOUND, "`model` is not served here"),
-        Reason.REQUEST_ID_IN_USE: Case(_CODE.ALREADY_EXISTS, "`request_id` is in flight"),
+        Reason.REQUEST_ID_IN_USE: Case(_CODE.ALREADY_EXISTS, "the tenant has `request_id` in flight"),
         Reason.NEVER_FITS: Case(
             _CODE.FAILED_PRECONDITION, "the prompt can never fit the context or the KV pool"
         ),

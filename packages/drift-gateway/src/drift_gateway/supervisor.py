@@ -367,7 +367,7 @@ class Supervisor:
         return self._tenants.get(output_id)
 
     def request_ids(self) -> list[str]:
-        """Requests in flight."""
+        """Requests in flight, each with its tenant before it."""
         return list(self._submissions)
 
     def abort(self, request_id: str, refusal: Refusal) -> bool:
@@ -380,10 +380,13 @@ class Supervisor:
         return True
 
     def abort_by_admin(self, request_ids: Sequence[str] | None) -> list[str]:
-        """An operator ends these requests, or all of them; those that were in flight."""
+        """An operator ends the requests of these names, whichever tenant's, or all; the names that were in flight."""
         refusal = Refusal(Reason.ABORTED_BY_ADMIN, "an operator ended the request")
-        names = self.request_ids() if request_ids is None else list(dict.fromkeys(request_ids))
-        return [name for name in names if self.abort(name, refusal)]
+        wanted = None if request_ids is None else set(request_ids)
+        ended = [each for each in self.request_ids() if wanted is None or name_of(each) in wanted]
+        for each in ended:
+            self.abort(each, refusal)
+        return list(dict.fromkeys(map(name_of, ended)))
 
     def drain(self, draining: bool) -> None:
         """Refuse new requests, or take them again; those in flight go on."""
@@ -480,8 +483,13 @@ def fingerprint_of(frame: Submit) -> bytes:
 
 
 def request_id_of(output_id: str) -> str:
-    """The request that an output is of; output ids are `REQUEST#NUMBER`."""
+    """The request that an output is of, with its tenant; see `Admitted.output_ids`."""
     return output_id.rpartition("#")[0]
+
+
+def name_of(request_id: str) -> str:
+    """What its tenant calls a request."""
+    return request_id.rpartition(" ")[2]
 
 
 def load_tokenizer(directory: str) -> Tokenizer | None:

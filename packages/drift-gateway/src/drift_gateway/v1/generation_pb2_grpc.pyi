@@ -16,7 +16,7 @@ wrong, and a google.rpc.RetryInfo where trying again can help. What was streamed
 the whole table.
   INVALID_ARGUMENT     INVALID_FIELD: the message starts with the field's path ("sampling.top_p: ...")
   NOT_FOUND            MODEL_NOT_FOUND: `model` is not served here
-  ALREADY_EXISTS       REQUEST_ID_IN_USE: `request_id` is in flight
+  ALREADY_EXISTS       REQUEST_ID_IN_USE: the tenant has `request_id` in flight
   FAILED_PRECONDITION  NEVER_FITS: the prompt can never fit the context or the KV pool; NO_TOKENIZER,
                        NO_CHAT_TEMPLATE: the model lacks what the input needs; QUARANTINED: the request was in the
                        engine at two crashes; TRACE_STATE: a decision log is being written, or none is (AdminService)
