@@ -31,6 +31,7 @@ TEST_TOOLS = (
     "hypothesis",
     "jsonschema",
     "opentelemetry-sdk",
+    "opentelemetry-exporter-otlp-proto-grpc",
     "transformers",
     "trustme",
 )

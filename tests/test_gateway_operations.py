@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from drift_gateway import server
 from drift_gateway.heartbeat import hang_of
 from drift_gateway.observe.access_log import AccessLog
 from drift_gateway.observe.request_record import RequestRecord
-from drift_gateway.observe.spans import Spans
+from drift_gateway.observe.spans import Spans, spans_to
 from drift_gateway.server import GENERATION, INFO
 from drift_gateway.supervisor import Supervisor
 from drift_scheduler.errors import DriftError
@@ -358,3 +359,43 @@ def test_spans_continue_the_callers_trace() -> None:
     assert refused.attributes is not None
     assert refused.attributes["drift.reason"] == "INVALID_FIELD"
     assert not refused.status.is_ok
+
+
+def test_spans_reach_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="the extra 'otel' is not installed")
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+
+    received: list[Any] = []
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc, no-any-unimported]
+        def Export(self, request: Any, context: Any) -> Any:
+            received.append(request)
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    spans = spans_to("otlp")
+
+    async def body(under: UnderTest) -> None:
+        records: list[RequestRecord] = []
+        under.gateway.generations.recorders += [spans, records.append]
+        await under.client.generate(token_ids=[1, 2], max_tokens=5, request_id="r").complete()
+        await ended(records, 1)
+
+    try:
+        run_with_gateway(body)
+        spans.close()
+    finally:
+        server.stop(None).wait()
+    (resource,) = [each for request in received for each in request.resource_spans]
+    named = {attribute.key: attribute.value.string_value for attribute in resource.resource.attributes}
+    assert named["service.name"] == "drift"
+    told = {span.name: span for scope in resource.scope_spans for span in scope.spans}
+    assert set(told) == {"drift.generate", "queue", "prefill", "decode"}
+    of_request = {each.key: each.value for each in told["drift.generate"].attributes}
+    assert of_request["drift.request_id"].string_value == "r"
+    assert of_request["gen_ai.usage.output_tokens"].int_value == 5
+    assert told["decode"].parent_span_id == told["drift.generate"].span_id
