@@ -251,25 +251,41 @@ class PagedKv:
 
         Stops where pages run out; how many it were. Raises ValueError where more than one position is new.
         """
-        page_tokens, refs, empty = self.page_tokens, self._refs, self._empty
-        for done, (request_id, wanted) in enumerate(zip(request_ids, tokens, strict=True)):
-            held = self._held.get(request_id) or self._holder(request_id)
-            if wanted > held.covered_tokens + 1:
-                raise ValueError(f"request '{request_id}' grows to {wanted}, covers {held.covered_tokens}")
+        page_tokens, refs, empty, helds = self.page_tokens, self._refs, self._empty, self._held
+        put_off = self._unpublished if self._puts_off else None
+        done = 0
+        for request_id, wanted in zip(
+            request_ids, tokens, strict=True
+        ):  # some of them in every step: no calls here
+            held = helds.get(request_id) or self._holder(request_id)
+            covered = held.covered_tokens
+            if wanted > covered + 1:
+                raise ValueError(f"request '{request_id}' grows to {wanted}, covers {covered}")
             if wanted > held.next_publish:
-                self.commit(request_id, wanted - 1)
-            if wanted > held.covered_tokens:
+                if put_off is None:
+                    self.commit(request_id, wanted - 1)
+                else:
+                    put_off[request_id] = stop = (wanted - 1) // page_tokens
+                    held.next_publish = (stop + 1) * page_tokens
+            if wanted > covered:
                 if empty:
                     page = empty.pop()
                 elif self._idle:
                     page = self._evict()
                 else:
-                    self._note_peak()
-                    return done
+                    break
                 refs[page] = 1
-                held.append([page], page_tokens)
+                pages = held.pages
+                index = len(pages)
+                if index < len(held.table):
+                    pages.append(page)
+                    held.table[index] = page
+                    held.covered_tokens = covered + page_tokens
+                else:
+                    held.append([page], page_tokens)
+            done += 1
         self._note_peak()
-        return len(request_ids)
+        return done
 
     def settle(self, pages: int | None = None) -> int:
         """Publish what was put off, in order, at most so many `pages` of it; how many it were."""
