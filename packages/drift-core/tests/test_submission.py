@@ -188,14 +188,14 @@ class ShortCut:
         self.taken: list[list[int]] = []
         self.declines = False
         self._order, self._name = world.order, name
-        submission.short_cut(self)
+        submission.short_cut(self._take, self._pass_on)
 
-    def __call__(self) -> bool:
-        if self.declines:
-            return False
+    def _take(self) -> list[int] | None:
+        return None if self.declines else self.submission.requests[0].take()[0]
+
+    def _pass_on(self, taken: list[int]) -> None:
         self._order.append(f"{self._name} passed on")
-        self.taken.append(self.submission.requests[0].take()[0])
-        return True
+        self.taken.append(taken)
 
 
 def test_tokens_take_the_short_cut_one_message_at_a_time() -> None:
@@ -279,7 +279,7 @@ def test_a_failure_waits_for_what_is_being_passed_on_and_its_own_failure_is_rais
 def test_one_that_was_left_is_gone_without_a_look_for_garbage() -> None:
     async def body(world: World) -> None:
         submission = Submission(world.forget, world.turns, ["a"], 0.1)
-        submission.short_cut(lambda: bool(submission.requests))  # noqa: F821  # deleted below
+        submission.short_cut(lambda: submission.requests, lambda _: submission.cancel())  # noqa: F821  # deleted below
         seen = weakref.ref(submission)
         submission.cancel()
         gc.disable()

@@ -191,16 +191,7 @@ async def _events(
 
 def _write_tokens(output: Output, submission: Submission, write: Write) -> None:
     """Have tokens, as long as there is nothing else to tell, written in the reader's turn without waking it."""
-    writer = DirectWriter(write, submission.passed_on)
-
-    def pass_on() -> bool:
-        message = output.tokens()
-        if message is None:
-            return False
-        writer.start(message)
-        return True
-
-    submission.short_cut(pass_on)
+    submission.short_cut(output.tokens, DirectWriter(write, submission.passed_on).start)
 
 
 def _output(
