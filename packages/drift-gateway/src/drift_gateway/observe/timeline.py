@@ -13,6 +13,7 @@ from typing import Final
 from drift_core.frames import LoadItem, StepFrame
 
 KEPT_STRETCHES: Final = 50_000
+KEPT_USES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Timeline:
         self._closed: deque[Stretch] = deque(maxlen=kept)
         self._count = 0
         self._use = Use()
+        self._uses: dict[Use, Use] = {}  # the few there are come again and again: a stretch takes a third of the memory
         self._since: float | None = None
 
     @property
@@ -66,7 +68,9 @@ class Timeline:
         use = Use(frame.partition, frame.sharing, frame.prefill_requests, frame.decode_requests)
         if use != self._use or self._since is None:
             self.cut(frame.time)
-            self._use = use
+            if len(self._uses) >= KEPT_USES:
+                self._uses.clear()
+            self._use = self._uses.setdefault(use, use)
             if use.partition is not None:
                 self.partition_switches += self._partition is not None and use.partition != self._partition
                 self._partition = use.partition
