@@ -7,7 +7,9 @@ sequence numbers contiguous, ids those the simulated engine must give. Measured:
 the client had it (both clocks are CLOCK_MONOTONIC), tokens per second, CPU time per token and the gateway's memory.
 The echo sends the same tokens in messages as large as the gateway's turned out to be in the round before it, so that
 both were coalesced alike. The gateway serves `--minutes` in all, in `--rounds` parts; the echo has a quarter of it.
-Last, both are asked for more than they can send (steps of 1 ms), for their most tokens per second.
+Last, both are asked for more than they can send, for their most tokens per second: the simulated engine's steps then
+take `--saturating-step-ms`. With steps of 1 ms it is the engine that has no more to give (its own work comes on top of
+each step), however fast the gateway; `steps_per_s` and `engine_cpu_share` show which of them it was.
 The client speaks just the HTTP/2 it needs (`gateway_parts.calls`): with a grpc.aio client on the same cores it was the
 client that was measured.
 """
@@ -28,7 +30,6 @@ from typing import Any
 from gateway_parts.processes import PARTS, Server, Watch, cpu_seconds, start_echo, start_gateway
 
 RESULTS = Path(__file__).parent / "results" / "gateway_soak.json"
-SATURATING_STEP_MS = 1.0
 
 
 def main() -> None:
@@ -113,11 +114,12 @@ def measure(server: Server, options: argparse.Namespace, seconds: float, more: l
 def saturate(options: argparse.Namespace) -> dict[str, Any]:
     """Tokens per second of both when the engine has more than either can send."""
     spared = argparse.Namespace(**vars(options) | {"tokens": 30_000})
-    gateway = start(options, SATURATING_STEP_MS)
+    gateway = start(options, options.saturating_step_ms)
     try:
         ours = measure(gateway, spared, options.saturated_seconds, [])
     finally:
         gateway.end()
+    ours["steps_per_s"] = round(ours["tokens_per_s"] / options.streams, 1)
     echo = start_echo(0.0, ours["tokens_per_message"])
     try:
         bare = measure(echo, spared, options.saturated_seconds, [])
@@ -196,6 +198,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tbt-ms", type=float, default=100.0, help="the requests' target between tokens")
     parser.add_argument("--warm-up", type=float, default=8.0)
     parser.add_argument("--saturated-rounds", type=int, default=3)
+    parser.add_argument("--saturating-step-ms", type=float, default=0.1)
     parser.add_argument("--saturated-seconds", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
