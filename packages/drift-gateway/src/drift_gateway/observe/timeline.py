@@ -49,7 +49,7 @@ class Timeline:
         self._closed: deque[Stretch] = deque(maxlen=kept)
         self._count = 0
         self._use = Use()
-        self._uses: dict[Use, Use] = {}  # the few there are come again and again; kept once, they take little memory
+        self._uses: dict[Use, Use] = {}  # the few there are come again and again, and are kept once
         self._since: float | None = None
 
     @property
