@@ -8,8 +8,8 @@ the client had it (both clocks are CLOCK_MONOTONIC), tokens per second, CPU time
 The echo sends the same tokens in messages as large as the gateway's turned out to be in the round before it, so that
 both were coalesced alike. The gateway serves `--minutes` in all, in `--rounds` parts; the echo has a quarter of it.
 Last, both are asked for more than they can send, for their most tokens per second: the simulated engine's steps then
-take `--saturating-step-ms`. With steps of 1 ms it is the engine that has no more to give (its own work comes on top of
-each step), however fast the gateway; `steps_per_s` and `engine_cpu_share` show which of them it was.
+take `--saturating-step-ms`. Its own work comes on top of each step, so that it has a bound too, `steps_per_s`, and on two
+cores shorter steps leave the gateway less of the processor: how both compare by processor time is said as well.
 The client speaks just the HTTP/2 it needs (`gateway_parts.calls`): with a grpc.aio client on the same cores it was the
 client that was measured.
 """
@@ -198,7 +198,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tbt-ms", type=float, default=100.0, help="the requests' target between tokens")
     parser.add_argument("--warm-up", type=float, default=8.0)
     parser.add_argument("--saturated-rounds", type=int, default=3)
-    parser.add_argument("--saturating-step-ms", type=float, default=0.1)
+    parser.add_argument("--saturating-step-ms", type=float, default=1.0)
     parser.add_argument("--saturated-seconds", type=float, default=10.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
