@@ -8,7 +8,7 @@ the client had it (both clocks are CLOCK_MONOTONIC), tokens per second, CPU time
 The echo sends the same tokens in messages as large as the gateway's turned out to be in the round before it, so that
 both were coalesced alike. The gateway serves `--minutes` in all, in `--rounds` parts; the echo has a quarter of it.
 Last, both are asked for more than they can send, for their most tokens per second: the simulated engine's steps then
-take `--saturating-step-ms`. Its own work comes on top of each step, so that it has a bound too, `steps_per_s`, and on two
+take `--saturating-step-ms`. Its own work comes on top of each, so that it has a bound too (`steps_per_s`), and on two
 cores shorter steps leave the gateway less of the processor: how both compare by processor time is said as well.
 The client speaks just the HTTP/2 it needs (`gateway_parts.calls`): with a grpc.aio client on the same cores it was the
 client that was measured.
