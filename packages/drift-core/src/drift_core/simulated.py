@@ -14,9 +14,13 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
 
 from drift_core.frames import TokenLogprob
 from drift_core.kv import PagedKv, PoolPlan, plan_pool
@@ -65,6 +69,12 @@ _MULTIPLIER: Final = 6364136223846793005  # Knuth's MMIX
 _INCREMENT: Final = 1442695040888963407
 _MASK: Final = (1 << 64) - 1
 
+_BLOCK: Final = 64
+"""Tokens drawn at once: one of a block costs a tenth of one alone."""
+
+SETTLED_AT_ONCE: Final = 32
+"""Pages published for reuse between two looks at the clock."""
+
 
 # ----------------------------------------------------------------------------------------------- tokens
 
@@ -75,10 +85,28 @@ def token_ids(prompt: Sequence[int], seed: int | None, choices: Sequence[int]) -
     """
     content = array("q", prompt).tobytes() + (seed or 0).to_bytes(16, "little", signed=True)
     state = int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-    count = len(choices)
+    return chain.from_iterable(_blocks(state, choices))
+
+
+def _blocks(state: int, choices: Sequence[int]) -> Iterator[list[int]]:
+    """Blocks of draws, x' = ax + c modulo 2^64, whose k-th is a^k x + c (a^k - 1) / (a - 1)."""
+    factors, summands = _jumps()
     while True:
-        state = (state * _MULTIPLIER + _INCREMENT) & _MASK
-        yield choices[(state >> 33) % count]
+        states = factors * np.uint64(state) + summands
+        yield [choices[draw] for draw in ((states >> np.uint64(33)) % np.uint64(len(choices))).tolist()]
+        state = int(states[-1])
+
+
+@cache
+def _jumps() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Of 1 to `_BLOCK` draws: what the state is multiplied by, and what is added."""
+    factor, summand = 1, 0
+    jumps = []
+    for _ in range(_BLOCK):
+        factor, summand = factor * _MULTIPLIER & _MASK, (summand * _MULTIPLIER + _INCREMENT) & _MASK
+        jumps.append((factor, summand))
+    factors, summands = np.array(jumps, np.uint64).T
+    return factors, summands
 
 
 def token_choices(vocab_size: int, eos_token_ids: Sequence[int]) -> list[int]:
@@ -102,6 +130,21 @@ class _Sequence:
         token = next(self.source)
         self.tokens.append(token)
         return token, bool(self.stops) and token in self.stops and len(self.tokens) > self.earliest_stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Requests that get a token together. `plain`: nothing but the token is to be looked at, for any of them."""
+
+    ids: tuple[str, ...]
+    sequences: list[_Sequence]
+    sources: list[Iterator[int]]
+    appends: list[Callable[[int], None]]
+    plain: bool
+
+
+_Drawn = tuple[list[int], tuple[str, ...], dict[str, TokenLogprob] | None]
+_NOBODY: Final = _Members((), [], [], [], True)
 
 
 class SimulatedTokens:
@@ -139,15 +182,29 @@ class SimulatedTokens:
         """The known tokens of a request, for the KV pool's page hashes."""
         return self._sequences[request_id].tokens
 
-    def draw(
-        self, ids: Sequence[str], sequences: Sequence[_Sequence]
-    ) -> tuple[list[int], tuple[str, ...], dict[str, TokenLogprob] | None]:
+    def members(self, ids: tuple[str, ...]) -> _Members:
+        """What work is done on; a request may be forgotten while it runs."""
+        sequences = [self._sequences[request_id] for request_id in ids]
+        return _Members(
+            ids,
+            sequences,
+            [sequence.source for sequence in sequences],
+            [sequence.tokens.append for sequence in sequences],
+            not any(sequence.stops or sequence.logprobs for sequence in sequences),
+        )
+
+    def draw(self, members: _Members) -> _Drawn:
         """One token each; the ids of those it ends; log probabilities for those that asked."""
-        drawn = [sequence.advance() for sequence in sequences]
+        if members.plain:
+            tokens = list(map(next, members.sources))
+            for append, token in zip(members.appends, tokens, strict=True):
+                append(token)
+            return tokens, (), None
+        ids, drawn = members.ids, [sequence.advance() for sequence in members.sequences]
         tokens = [token for token, _ in drawn]
         details = {
             request_id: TokenLogprob(self._logprob, [(token, self._logprob)])
-            for request_id, sequence, token in zip(ids, sequences, tokens, strict=True)
+            for request_id, sequence, token in zip(ids, members.sequences, tokens, strict=True)
             if sequence.logprobs
         }
         return tokens, tuple(compress(ids, (stopped for _, stopped in drawn))), details or None
@@ -160,7 +217,8 @@ class RealTimeExecutor:
     """Implements `drift_core.engine.ModelExecutor`: a `SimulatedExecutor` held to the monotonic clock.
 
     `post`, `arrive` and `shut_down` may be called from any thread, everything else from the engine's alone. A step
-    is launched when the engine launches it, so that what the host takes between steps comes on top, as on a device.
+    is launched when the engine launches it, so that what the host takes between steps comes on top, as on a device; and
+    as there, tokens are made while the step runs, pages are published and decisions made ahead.
     """
 
     dtype = "none"
@@ -176,8 +234,10 @@ class RealTimeExecutor:
             subject.device, subject.truth, (), overheads=subject.overheads, seed=seed
         )
         self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._prefill: tuple[tuple[str, ...], list[_Sequence]] = ((), [])
-        self._decode: tuple[tuple[str, ...], list[_Sequence]] = ((), [])
+        self._prefill = self._decode = _NOBODY
+        self._drawn: _Drawn | None = None
+        """The tokens of the decode step under way, once they are drawn."""
+        self.meanwhile: Callable[[], bool] | None = None
         self._running: Gang | None = None
         self._sizes = {"prefill": 0, "decode": 0}
 
@@ -216,6 +276,8 @@ class RealTimeExecutor:
         due = self._inner.due
         if due is None or (until is not None and until < due):
             due = until
+        elif self._inbox.empty():
+            self._use_time(due)
         arrived: list[Event] = []
         try:
             event = self._inbox.get(timeout=None if due is None else max(due - self.now(), 0.0))
@@ -226,6 +288,15 @@ class RealTimeExecutor:
         except queue.Empty:
             return [self._with_tokens(event) for event in self._inner.elapse(self.now())] + arrived
 
+    def _use_time(self, due: float) -> None:
+        """What a real device does itself, or the host while that works."""
+        if self._drawn is None and self._sizes["decode"]:
+            self._drawn = self._tokens.draw(self._decode)
+        if self.meanwhile is not None:
+            self.meanwhile()
+        while self._inbox.empty() and self.now() < due and self.kv.settle(SETTLED_AT_ONCE):
+            pass
+
     def submit(self, gang: Gang) -> None:
         """Start a gang on the simulated device."""
         late = self._inner.elapse(self.now())
@@ -234,10 +305,11 @@ class RealTimeExecutor:
             self._inbox.put(self._with_tokens(event))
         self._running = gang
         if gang.prefill is not None:
-            self._prefill = self._members(self._sampled(gang.prefill))
+            self._prefill = self._tokens.members(self._sampled(gang.prefill))
             self._sizes["prefill"] = len(gang.prefill.chunks)
         if gang.decode is not None:
-            self._decode = self._members(gang.decode.request_ids)
+            if gang.decode.request_ids is not self._decode.ids:
+                self._decode = self._tokens.members(gang.decode.request_ids)
             self._sizes["decode"] = len(gang.decode.request_ids)
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -268,21 +340,16 @@ class RealTimeExecutor:
             return ()
         return tuple(chunk.request_id for chunk in block.chunks if chunk.last)
 
-    def _members(self, ids: tuple[str, ...]) -> tuple[tuple[str, ...], list[_Sequence]]:
-        """Taken when work is launched: a request may be forgotten while it runs."""
-        if ids is self._decode[0]:
-            return self._decode
-        return ids, [self._tokens[request_id] for request_id in ids]
-
     def _with_tokens(self, event: Event) -> Event:
         match event:
             case PrefillDone(seconds):
                 self._sizes["prefill"] = 0
-                tokens, stopped, details = self._tokens.draw(*self._prefill)
+                tokens, stopped, details = self._tokens.draw(self._prefill)
                 return PrefillDone(seconds, tokens, stopped, details)
             case DecodeDone(seconds):
                 self._sizes["decode"] = 0
-                tokens, stopped, details = self._tokens.draw(*self._decode)
+                drawn, self._drawn = self._drawn or self._tokens.draw(self._decode), None
+                tokens, stopped, details = drawn
                 return DecodeDone(seconds, tokens, stopped, details)
             case _:
                 return event
@@ -412,5 +479,5 @@ def build_simulated(setup: Setup) -> RealTimeExecutor:
     memory = config.kv_memory_bytes or subject.kv_tokens * subject.bytes_per_token
     plan = plan_pool(memory, subject.bytes_per_token * page, page, context)
     tokens = SimulatedTokens(token_choices(model.vocab_size, model.eos_token_ids))
-    kv = PagedKv(plan.num_pages, page, tokens.tokens_of)
+    kv = PagedKv(plan.num_pages, page, tokens.tokens_of, put_off=True)
     return RealTimeExecutor(subject, kv, plan, tokens, config.seed)
