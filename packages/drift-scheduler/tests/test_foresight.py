@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -225,7 +225,12 @@ class Counting(GangPolicy):
 class Desk:
     """A scheduler with two requests decoding, whose step is under way."""
 
-    def __init__(self, policy: GangPolicy | None = None, costs: FlatCosts | None = None) -> None:
+    def __init__(
+        self,
+        policy: GangPolicy | None = None,
+        costs: FlatCosts | None = None,
+        stopwatch: Callable[[], float] | None = None,
+    ) -> None:
         self.policy = policy or Counting()
         self.scheduler = Scheduler(
             small_device(),
@@ -234,6 +239,7 @@ class Desk:
             TightestDecode(),
             costs or FlatCosts(),
             Limits(max_running=4),
+            stopwatch,
         )
         self.now = 0.0
         self.step(RequestArrived(self.request("a")), RequestArrived(self.request("b")))
@@ -337,6 +343,41 @@ def test_a_policy_that_fails_when_asked_ahead_is_no_fault_until_it_does_so_in_ea
     assert not step.faults
     assert step.gang is not None
     assert policy.ahead_asked == 1
+
+
+class Slow(Counting):
+    """Takes a second when asked ahead, and no time otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = 0.0
+
+    def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
+        self.clock += isinstance(view, ForeseenView)
+        return super().choose(view, costs, partitions)
+
+
+def test_a_policy_that_takes_too_long_when_asked_ahead_is_at_fault() -> None:
+    policy = Slow()
+    desk = Desk(policy, stopwatch=lambda: policy.clock)
+    assert desk.scheduler.plan_ahead()
+    step = desk.step(DecodeDone(desk.seconds), after=desk.seconds)
+    assert step.faults == ("Slow took 1000.0 ms, allowed 50.0",)
+    assert step.gang is not None
+    assert desk.scheduler.policy_faults == 1
+
+
+def test_a_fault_between_steps_is_not_blamed_on_a_policy_that_rightly_waits() -> None:
+    costs = Pupil()
+    desk = Desk(costs=costs)
+    desk.scheduler.plan_ahead()
+    desk.step(DecodeDone(desk.seconds), after=desk.seconds)
+    costs.sick = True
+    desk.scheduler.plan_ahead()
+    costs.sick = False
+    step = desk.step(Nudged())
+    assert step.faults == ("cost model: observe raised RuntimeError: sick",)
+    assert step.gang is None, "its step is still under way"
 
 
 class Unasked(GangPolicy):

@@ -19,14 +19,11 @@ from drift_scheduler.domain import (
     DecodeDone,
     DecodeShape,
     DecodeStep,
-    Device,
     Event,
     FloatArray,
     Gang,
     Lane,
-    LaneView,
     Nudged,
-    Partition,
     PrefillBatch,
     PrefillBlock,
     PrefillDone,
@@ -34,7 +31,7 @@ from drift_scheduler.domain import (
     Sharing,
     Waiting,
 )
-from drift_scheduler.live_view import lane_view
+from drift_scheduler.live_view import LiveView
 
 if TYPE_CHECKING:
     from drift_scheduler.scheduler import Scheduler
@@ -103,15 +100,15 @@ def _end(s: Scheduler, flight: Flight, lane: Lane) -> End:
     return End(lanes, flight.started + seconds + unsure, seconds, unsure)
 
 
-class ForeseenView:
-    """See `drift_scheduler.view.View` for what each property means."""
+class ForeseenView(LiveView):
+    """The scheduler's own view, but for what will have changed."""
 
     def __init__(self, s: Scheduler, end: End) -> None:
+        super().__init__(s)
         ends = end.lanes
-        self._s = s
         self._now = max(end.at, s.now)
-        self._decode = None if Lane.DECODE in ends else s.decode_flight
-        self._prefill = None if Lane.PREFILL in ends else s.prefill_flight
+        self._busy_decode = None if Lane.DECODE in ends else s.decode_flight
+        self._busy_prefill = None if Lane.PREFILL in ends else s.prefill_flight
         rows = s.rows
         stepped = s.decode_flight.rows if Lane.DECODE in ends and s.decode_flight is not None else 0
         self._context = rows.context[: rows.n].copy()
@@ -141,7 +138,7 @@ class ForeseenView:
 
     def _growth(self) -> int:
         """Pages that the next step's positions need beyond those that are held."""
-        if self._decode is not None:
+        if self._busy_decode is not None:
             return 0
         rows = self._s.rows
         return int(np.count_nonzero(self._stays & (self._context > rows.capacity[: rows.n])))
@@ -183,44 +180,17 @@ class ForeseenView:
         return self._now
 
     @property
-    def device(self) -> Device:
-        """Units, menu, layers and sharings."""
-        return self._s.device
+    def _decode_flight(self) -> Flight | None:
+        return self._busy_decode
 
     @property
-    def partition(self) -> Partition | None:
-        """The partition under a lane that is still busy."""
-        flight = self._decode or self._prefill
-        return None if flight is None else flight.gang.partition
+    def _prefill_flight(self) -> Flight | None:
+        return self._busy_prefill
 
     @property
-    def sharing(self) -> Sharing | None:
-        """The sharing under a lane that is still busy."""
-        flight = self._decode or self._prefill
-        return None if flight is None else flight.gang.sharing
-
-    @property
-    def last_partition(self) -> Partition | None:
-        """The partition of the latest gang."""
-        gang = self._s.last_gang
-        return None if gang is None else gang.partition
-
-    @property
-    def prefill_lane(self) -> LaneView:
-        """What the prefill lane will be doing."""
-        return lane_view(self._prefill)
-
-    @property
-    def decode_lane(self) -> LaneView:
-        """What the decode lane will be doing."""
-        return lane_view(self._decode)
-
-    @cached_property
     def prefills(self) -> tuple[PrefillBatch, ...]:
         """Batches that will be under way."""
-        if self._batches is not None:
-            return self._batches
-        return tuple(batch.snapshot() for batch in self._s.batches)
+        return super().prefills if self._batches is None else self._batches
 
     # ------------------------------------------------------------------------------------- the queue
 
@@ -244,13 +214,13 @@ class ForeseenView:
 
     def find_waiting(self, request_ids: Sequence[str]) -> tuple[Waiting, ...]:
         """Those of the named requests that will be waiting."""
-        wanted = set(request_ids)
-        found = {each.request.id: each for each in self._queue() if each.request.id in wanted}
+        found = {waiting.request.id: waiting for waiting in super().find_waiting(request_ids)}
+        found |= {waiting.request.id: waiting for _, _, waiting in self._partway}
         return tuple(found[i] for i in request_ids if i in found)
 
     def _queue(self) -> Iterator[Waiting]:
         s = self._s
-        describe = s.view.describe
+        describe = self.describe
         if not self._partway:
             return (describe(s.live[request_id]) for _, request_id in s.queue)
         partway = {tracked.request.id: waiting for _, tracked, waiting in self._partway}
@@ -282,7 +252,7 @@ class ForeseenView:
 
     def decode_step(self) -> DecodeStep | None:
         """The step over everyone who will be decoding."""
-        return None if self._decode is not None else self._next_step
+        return None if self._busy_decode is not None else self._next_step
 
     @property
     def num_decoding(self) -> int:
@@ -313,16 +283,6 @@ class ForeseenView:
         s = self._s
         given_back = int(s.rows.capacity[self._left].sum()) // s.kv.page_tokens if self._left else 0
         return max(0, s.kv.free_pages + given_back - self._growth() - self.num_decoding)
-
-    @property
-    def total_pages(self) -> int:
-        """Pages in all."""
-        return self._s.kv.total_pages
-
-    @property
-    def max_running(self) -> int:
-        """Most requests that may hold pages."""
-        return self._s.limits.max_running
 
     @property
     def num_running(self) -> int:

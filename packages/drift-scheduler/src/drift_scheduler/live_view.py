@@ -51,12 +51,13 @@ class LiveView:
     @property
     def partition(self) -> Partition | None:
         """The partition under a busy lane."""
-        return self._s.partition
+        flight = self._decode_flight or self._prefill_flight
+        return None if flight is None else flight.gang.partition
 
     @property
     def sharing(self) -> Sharing | None:
         """The sharing under a busy lane."""
-        flight = self._s.decode_flight or self._s.prefill_flight
+        flight = self._decode_flight or self._prefill_flight
         return None if flight is None else flight.gang.sharing
 
     @property
@@ -68,12 +69,12 @@ class LiveView:
     @property
     def prefill_lane(self) -> LaneView:
         """What the prefill lane does."""
-        return lane_view(self._s.prefill_flight)
+        return _lane(self._prefill_flight)
 
     @property
     def decode_lane(self) -> LaneView:
         """What the decode lane does."""
-        return lane_view(self._s.decode_flight)
+        return _lane(self._decode_flight)
 
     @property
     def prefills(self) -> tuple[PrefillBatch, ...]:
@@ -154,6 +155,14 @@ class LiveView:
         """Requests that hold pages."""
         return self._s.running
 
+    @property
+    def _decode_flight(self) -> Flight | None:
+        return self._s.decode_flight
+
+    @property
+    def _prefill_flight(self) -> Flight | None:
+        return self._s.prefill_flight
+
     def describe(self, tracked: Tracked) -> Waiting:
         """One that waits for prefill: what was said of it last where that still holds, as queues are looked at far more
         often than they change."""
@@ -178,8 +187,7 @@ def _still_holds(tracked: Tracked, said: Waiting, kv_epoch: int) -> bool:
     return said.computed == tracked.computed if said.admitted else tracked.described_at == kv_epoch
 
 
-def lane_view(flight: Flight | None) -> LaneView:
-    """What a lane does."""
+def _lane(flight: Flight | None) -> LaneView:
     if flight is None:
         return IDLE
     return LaneView(flight.work, flight.started, flight.started + flight.predicted)

@@ -27,7 +27,6 @@ from drift_scheduler.domain import (
     LaneFailed,
     Observation,
     Output,
-    Partition,
     PrefillBlock,
     PrefillChunk,
     PrefillDone,
@@ -48,6 +47,7 @@ from drift_scheduler.live_view import LiveView
 from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, PartitionPolicy
 from drift_scheduler.rows import DecodeRows
 from drift_scheduler.tracked import Batch, Flight, QueueKey, Tracked
+from drift_scheduler.view import View
 
 
 def refuse(device: Device, dispatch: DispatchPolicy) -> None:
@@ -203,10 +203,8 @@ class Scheduler:
             view = ForeseenView(self, end)
             if not view.holds or not (view.num_waiting or view.prefills or view.num_decoding):
                 return False
-            gang = self._dispatch.choose(view, self.costs, self._partitions)
-        except (
-            Exception
-        ):  # a third party's may raise anything: it will when asked in earnest, and that counts
+            gang = self._consult(self._dispatch, view)
+        except Exception:  # of a third party's; it will raise when asked in earnest, too, and that counts
             return True
         self.plans += 1
         self._plan = Plan(gang, end.lanes, view.now, near * end.seconds + end.unsure)
@@ -667,11 +665,10 @@ class Scheduler:
 
     def _choose(self, policy: DispatchPolicy) -> Gang | None:
         """The policy's legal gang, or `None` with the fault noted."""
-        begun = self._stopwatch() if self._stopwatch is not None else 0.0
         name = type(policy).__name__
         faults = len(self._faults)
         try:
-            gang = policy.choose(self.view, self.costs, self._partitions)
+            gang = self._consult(policy, self.view)
             if gang is not None:
                 check_gang(self.view, gang)
         except IllegalGangError as error:
@@ -681,21 +678,30 @@ class Scheduler:
         except Exception as error:  # a third party's policy may raise anything; service goes on
             gang = None
             self._fault(f"{name} raised {type(error).__name__}: {error}")
-        if self._stopwatch is not None:
-            took = self._stopwatch() - begun
-            if took > self.limits.choose_seconds:
-                self._fault(
-                    f"{name} took {took * 1e3:.1f} ms, allowed {self.limits.choose_seconds * 1e3:.1f}"
-                )
-        if gang is None and self._stalled() and len(self._faults) == faults and policy is not self._fallback:
+        if gang is None and self._idle and len(self._faults) == faults and policy is not self._fallback:
             self._fault(f"{name} left an idle device idle with work to do")
         return gang
 
-    def _stalled(self) -> bool:
-        """Whether doing nothing now would wait for an event that never comes, or a fault was just noted."""
-        if self._faults:
-            return True
+    def _consult(self, policy: DispatchPolicy, view: View) -> Gang | None:
+        """What the policy answers; a fault is noted where that took too long."""
+        if self._stopwatch is None:
+            return policy.choose(view, self.costs, self._partitions)
+        begun = self._stopwatch()
+        try:
+            return policy.choose(view, self.costs, self._partitions)
+        finally:
+            took, allowed = self._stopwatch() - begun, self.limits.choose_seconds
+            if took > allowed:
+                self._fault(f"{type(policy).__name__} took {took * 1e3:.1f} ms, allowed {allowed * 1e3:.1f}")
+
+    @property
+    def _idle(self) -> bool:
+        """Whether doing nothing now would wait for an event that never comes."""
         return self.prefill_flight is None and self.decode_flight is None
+
+    def _stalled(self) -> bool:
+        """Whether nothing would happen, or a fault was just noted."""
+        return bool(self._faults) or self._idle
 
     def _beside_inherited(self) -> bool:
         """Whether a lane still does what an earlier policy began: what fits badly beside that is no fault."""
@@ -790,9 +796,3 @@ class Scheduler:
         """The first `limit` of the queue, whether or not there are pages and places for them."""
         self.view.refresh()
         return self.view.find_waiting([request_id for _, request_id in self.queue[:limit]])
-
-    @property
-    def partition(self) -> Partition | None:
-        """The partition under a busy lane."""
-        flight = self.decode_flight or self.prefill_flight
-        return None if flight is None else flight.gang.partition
