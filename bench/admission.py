@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from drift_core.frames import AcceptedItem, FinishedItem, LoadItem, StepFrame, TokensItem
+from drift_core.frames import AcceptedItem, FinishedItem, LoadItem, StepFrame, TokensItem, pack_ids
 from drift_gateway.gate import Asked, Gate, GateLimits, Verdict
 from drift_gateway.refusal import Refusal
 from drift_gateway.v1 import generation_pb2 as pb
@@ -138,7 +138,7 @@ class Gated:
             if isinstance(o, Accepted)
         ]
         tokens = [
-            TokensItem(list(o.request_ids), [0] * len(o.request_ids), o.first)
+            TokensItem(list(o.request_ids), pack_ids([0] * len(o.request_ids)), o.first)
             for o in step.outputs
             if isinstance(o, Tokens)
         ]

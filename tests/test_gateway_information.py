@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drift_core.frames import FinishedItem, LoadItem, StepFrame, TokensItem
+from drift_core.frames import FinishedItem, LoadItem, StepFrame, TokensItem, pack_ids
 from drift_gateway import client as api
 from drift_gateway.observe.timeline import Stretch, Timeline, Use
 from drift_gateway.server import GENERATION, INFO
@@ -214,7 +214,7 @@ def test_an_engine_that_is_gone_uses_nothing() -> None:
     timeline.step(
         StepFrame(
             1.0,
-            tokens=[TokensItem(["a", "b"], [1, 2])],
+            tokens=[TokensItem(["a", "b"], pack_ids([1, 2]))],
             finished=[FinishedItem("a", "stop")],
             decode_requests=1,
             load=LoadItem(1, 2, 3),

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem
+from drift_core.frames import FinishedItem, StepFrame, Submit, TokensItem, pack_ids
 from drift_core.sampling_params import SamplingParams
 from drift_gateway import client as api
 from drift_gateway.commands import serve_operations
@@ -165,7 +165,7 @@ def output(
     stats.submitted(frame, known)
     for place, at in enumerate(times):
         known.append(at)
-        stats.step(StepFrame(at, tokens=[TokensItem([frame.id], [5], first=not place)]))
+        stats.step(StepFrame(at, tokens=[TokensItem([frame.id], pack_ids([5]), first=not place)]))
     end = times[-1] if times else arrival
     item = FinishedItem(frame.id, reason, arrival=arrival, scheduled=arrival, finished=end, prompt_tokens=3)
     stats.step(StepFrame(end, finished=[item]))

@@ -10,7 +10,16 @@ import msgspec
 import pytest
 
 from drift_core.engine import engine_config
-from drift_core.frames import FinishedItem, LoadItem, OtherItem, Others, StepFrame, Submit, TokensItem
+from drift_core.frames import (
+    FinishedItem,
+    LoadItem,
+    OtherItem,
+    Others,
+    StepFrame,
+    Submit,
+    TokensItem,
+    pack_ids,
+)
 from drift_core.sampling_params import SamplingParams
 from drift_gateway.access.security import Security, SecurityOptions
 from drift_gateway.access.tenants import Limits, Tenant, Usage, new_token, token_entry
@@ -61,12 +70,15 @@ def test_the_length_of_steps_is_learned_from_others_tokens_too() -> None:
         ahead = WorkloadAhead()
         ahead.engine(total_pages=1000, page_tokens=10, max_running=64, prefill_seconds=((10, 0.01),))
         ahead.add(["own"], Newcomer(10, 100), 0.0)
-        ahead.step(StepFrame(0.0, tokens=[TokensItem(["own"], [1], True)], decode_requests=1))
+        ahead.step(StepFrame(0.0, tokens=[TokensItem(["own"], pack_ids([1]), True)], decode_requests=1))
         for frame in steps:
             ahead.step(frame)
         return ahead.forecast(Newcomer(10, 2), 2.0).gap
 
-    own = [StepFrame(0.01 * k, tokens=[TokensItem(["own"], [1])], decode_requests=1) for k in range(1, 80)]
+    own = [
+        StepFrame(0.01 * k, tokens=[TokensItem(["own"], pack_ids([1]))], decode_requests=1)
+        for k in range(1, 80)
+    ]
     others = [StepFrame(0.01 * k, decode_requests=1, others=Others(tokens=1)) for k in range(1, 80)]
     assert gap_of(own) == gap_of(others) == pytest.approx(0.02), "two at once, by what one took"
 
@@ -86,7 +98,7 @@ def test_counters_are_of_the_whole_engine() -> None:
     timeline, stats = Timeline(), supervisor().stats
     frame = StepFrame(
         1.0,
-        tokens=[TokensItem(["a"], [1])],
+        tokens=[TokensItem(["a"], pack_ids([1]))],
         others=Others(tokens=7, finished=[FinishedItem("2#x#0", "stop", prompt_tokens=9, cached_tokens=4)]),
     )
     timeline.step(frame)

@@ -7,7 +7,7 @@ from math import inf
 
 import pytest
 
-from drift_core.frames import AcceptedItem, FinishedItem, LoadItem, StepFrame, TokensItem
+from drift_core.frames import AcceptedItem, FinishedItem, LoadItem, StepFrame, TokensItem, pack_ids
 from drift_gateway.workload_ahead import Forecast, Line, Newcomer, WorkloadAhead
 
 RATE = ((100, 0.1), (1000, 1.0))
@@ -23,11 +23,11 @@ def ledger(
 
 
 def first(ahead: WorkloadAhead, now: float, *ids: str, **fields: object) -> None:
-    ahead.step(StepFrame(now, tokens=[TokensItem(list(ids), [1] * len(ids), True)], **fields))  # type: ignore[arg-type]
+    ahead.step(StepFrame(now, tokens=[TokensItem(list(ids), pack_ids([1] * len(ids)), True)], **fields))  # type: ignore[arg-type]
 
 
 def decode(ahead: WorkloadAhead, now: float, *ids: str, prefill_requests: int = 0) -> None:
-    tokens = [TokensItem(list(ids), [1] * len(ids))]
+    tokens = [TokensItem(list(ids), pack_ids([1] * len(ids)))]
     ahead.step(StepFrame(now, tokens=tokens, decode_requests=len(ids), prefill_requests=prefill_requests))
 
 

@@ -38,6 +38,7 @@ from drift_core.frames import (
     ToEngine,
     TokenLogprob,
     TokensItem,
+    pack_ids,
 )
 from drift_core.link import EngineLink
 
@@ -237,7 +238,7 @@ class FakeEngine:
         return accepted, finished
 
     def _advance(self, now: float, finished: list[FinishedItem]) -> list[TokensItem]:
-        firsts, others = TokensItem([], [], True, {}), TokensItem([], [], False, {})
+        firsts, others = TokensItem([], pack_ids(()), True, {}), TokensItem([], pack_ids(()), False, {})
         for request_id, running in list(self._running.items()):
             if not running.left:
                 finished.append(_end(running, self.end_reason, now))

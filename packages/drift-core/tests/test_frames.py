@@ -25,6 +25,7 @@ from drift_core.frames import (
     TokensItem,
     decode_to_engine,
     encode_frame,
+    pack_ids,
 )
 from drift_core.sampling_params import SamplingParams
 
@@ -53,7 +54,7 @@ TO_GATEWAY = [
     StepFrame(
         1.5,
         [AcceptedItem("a#0", 2)],
-        [TokensItem(["a#0", "b#1"], [4, 5], True, {"a#0": TokenLogprob(-0.5, [(4, -0.5), (9, -2.0)])})],
+        [TokensItem(["a#0", "b#1"], pack_ids([4, 5]), True, {"a#0": TokenLogprob(-0.5, [(4, -0.5), (9, -2.0)])})],
         [FinishedItem("c#0", "stop", "", 1.0, 1.1, 1.2, 1.5, 10, 3)],
         (1, 1),
         "spatial",
@@ -109,17 +110,23 @@ def test_ids_that_are_the_same_again_are_sent_once_and_are_the_same_list() -> No
         assert isinstance(frame, StepFrame)
         return frame.tokens
 
-    (one,) = through(TokensItem(["a", "b" * 100], [1, 2]))
-    first, two = through(TokensItem(["c"], [9], first=True), TokensItem(["a", "b" * 100], [3, 4]))
+    (one,) = through(TokensItem(["a", "b" * 100], pack_ids([1, 2])))
+    first, two = through(
+        TokensItem(["c"], pack_ids([9]), first=True), TokensItem(["a", "b" * 100], pack_ids([3, 4]))
+    )
     assert two.ids is one.ids
     assert first.ids == ["c"]
-    (logprobs,) = through(TokensItem(["a", "b" * 100], [3, 4], False, {"a": TokenLogprob(-1.0)}))
+    (logprobs,) = through(TokensItem(["a", "b" * 100], pack_ids([3, 4]), False, {"a": TokenLogprob(-1.0)}))
     assert logprobs.ids is one.ids
-    (more,) = through(TokensItem(["a", "b" * 100, "c"], [5, 6, 7]))
-    (again,) = through(TokensItem(["a", "b" * 100, "c"], [8, 9, 10]))
+    (more,) = through(TokensItem(["a", "b" * 100, "c"], pack_ids([5, 6, 7])))
+    (again,) = through(TokensItem(["a", "b" * 100, "c"], pack_ids([8, 9, 10])))
     assert again.ids is more.ids
     through()
-    through(TokensItem(["d"], [11]), TokensItem(["e"], [12]), TokensItem(["e"], [13]))
+    through(
+        TokensItem(["d"], pack_ids([11])),
+        TokensItem(["e"], pack_ids([12])),
+        TokensItem(["e"], pack_ids([13])),
+    )
     assert [size > 100 for size in sizes] == [True, False, False, True, False, False, False]
 
 
@@ -127,13 +134,13 @@ def test_ids_of_a_frame_that_was_not_sent_are_sent_with_the_next() -> None:
     encoder = frames.FramesForGateway()
     huge = FinishedItem("a", "length", "x" * frames.MAX_FRAME_BYTES)
     with pytest.raises(FrameError, match="longer than"):
-        encoder.encode(StepFrame(1.0, tokens=[TokensItem(["a"], [1])], finished=[huge]))
-    (body,) = bodies(encoder.encode(StepFrame(1.0, tokens=[TokensItem(["a"], [1])])))
-    assert decode_to_gateway(body) == StepFrame(1.0, tokens=[TokensItem(["a"], [1])])
+        encoder.encode(StepFrame(1.0, tokens=[TokensItem(["a"], pack_ids([1]))], finished=[huge]))
+    (body,) = bodies(encoder.encode(StepFrame(1.0, tokens=[TokensItem(["a"], pack_ids([1]))])))
+    assert decode_to_gateway(body) == StepFrame(1.0, tokens=[TokensItem(["a"], pack_ids([1]))])
 
 
 def test_ids_that_are_no_texts_are_refused() -> None:
-    (body,) = bodies(encode_frame(StepFrame(1.0, tokens=[TokensItem(["a"], [1])])))
+    (body,) = bodies(encode_frame(StepFrame(1.0, tokens=[TokensItem(["a"], pack_ids([1]))])))
     with pytest.raises(FrameError, match="not a frame from an engine"):
         decode_to_gateway(body.replace(b"\xa1a", b"\x07"))
 

@@ -30,6 +30,7 @@ from drift_core.frames import (
     TokenLogprob,
     TokensItem,
     encode_frame,
+    pack_ids,
 )
 from drift_core.link import ITEMS_PER_LOOK, EngineClient, EngineFailed, EngineGone, EngineLink, Submission
 from drift_core.sampling_params import SamplingParams
@@ -104,9 +105,11 @@ def test_requests_arrive_and_their_tokens_come_back_in_order() -> None:
         submission = client.submit(both)
         assert await engine.until(2) == both
         engine.link.send(StepFrame(1.0, accepted=[AcceptedItem("a#0", 3)]))
-        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#1", "a#0"], [7, 8], True)]))
+        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#1", "a#0"], pack_ids([7, 8]), True)]))
         engine.link.send(
-            StepFrame(3.0, tokens=[TokensItem(["a#0"], [9])], finished=[FinishedItem("a#0", "length")])
+            StepFrame(
+                3.0, tokens=[TokensItem(["a#0"], pack_ids([9]))], finished=[FinishedItem("a#0", "length")]
+            )
         )
         first, second = submission.requests
         while first.finished is None:
@@ -125,8 +128,8 @@ def test_log_probabilities_stay_beside_their_tokens() -> None:
     async def body(client: EngineClient, engine: Engine) -> None:
         submission = client.submit([submit("a#0")])
         logprob = TokenLogprob(-1.0, [(8, -1.0)])
-        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0"], [7])]))
-        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#0"], [8], False, {"a#0": logprob})]))
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0"], pack_ids([7]))]))
+        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#0"], pack_ids([8]), False, {"a#0": logprob})]))
         engine.link.send(StepFrame(3.0, finished=[FinishedItem("a#0", "stop")]))
         while submission.requests[0].finished is None:
             await news(submission)
@@ -140,14 +143,14 @@ def test_an_id_that_is_used_again_gets_its_tokens() -> None:
 
     async def body(client: EngineClient, engine: Engine) -> None:
         before, other = client.submit([submit("a#0")]), client.submit([submit("b#0")])
-        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0", "b#0"], [1, 2], True)]))
-        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#0", "b#0"], [3, 4])]))
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0", "b#0"], pack_ids([1, 2]), True)]))
+        engine.link.send(StepFrame(2.0, tokens=[TokensItem(["a#0", "b#0"], pack_ids([3, 4]))]))
         while before.requests[0].behind < 2:
             await news(other)
         before.cancel()
         after = client.submit([submit("a#0")])
-        engine.link.send(StepFrame(3.0, tokens=[TokensItem(["a#0"], [5], True)]))
-        engine.link.send(StepFrame(4.0, tokens=[TokensItem(["a#0", "b#0"], [6, 7])]))
+        engine.link.send(StepFrame(3.0, tokens=[TokensItem(["a#0"], pack_ids([5]), True)]))
+        engine.link.send(StepFrame(4.0, tokens=[TokensItem(["a#0", "b#0"], pack_ids([6, 7]))]))
         engine.link.send(
             StepFrame(5.0, finished=[FinishedItem("a#0", "length"), FinishedItem("b#0", "length")])
         )
@@ -163,7 +166,7 @@ def test_an_id_that_is_used_again_gets_its_tokens() -> None:
 def test_a_step_with_too_few_tokens_is_nonsense() -> None:
     async def body(client: EngineClient, engine: Engine) -> None:
         submission = client.submit([submit("a#0"), submit("a#1")])
-        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0", "a#1"], [7])]))
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0", "a#1"], pack_ids([7]))]))
         with pytest.raises(EngineGone, match="nonsense"):
             await news(submission)
 
@@ -178,7 +181,7 @@ def test_cancel_reaches_the_engine_and_ends_the_news() -> None:
         frames = await engine.until(5)
         assert frames[2:] == [Cancel("a#1", stop=True), Cancel("a#0"), Cancel("a#1")]
         assert client.in_flight == 0
-        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0"], [1])]))  # too late, no fault
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0"], pack_ids([1]))]))  # too late, no fault
 
     joined(body)
 
@@ -261,7 +264,7 @@ def test_send_never_waits_for_a_gateway_that_does_not_read(monkeypatch: pytest.M
         assert client._transport is not None
         client._transport.pause_reading()
         await engine.until(1)
-        tokens = TokensItem(["a#0"] * 1000, list(range(1000)))
+        tokens = TokensItem(["a#0"] * 1000, pack_ids(range(1000)))
         for step in range(200):  # several MB, far more than the socket holds
             engine.link.send(StepFrame(float(step), tokens=[tokens]))
         engine.link.send(StepFrame(200.0, finished=[FinishedItem("a#0", "length")]))
@@ -291,7 +294,7 @@ def test_a_reader_that_lags_too_far_is_cancelled(monkeypatch: pytest.MonkeyPatch
     async def body(client: EngineClient, engine: Engine) -> None:
         submission = client.submit([submit("a#0")])
         for step in range(101 + ITEMS_PER_LOOK):
-            engine.link.send(StepFrame(float(step), tokens=[TokensItem(["a#0"], [step])]))
+            engine.link.send(StepFrame(float(step), tokens=[TokensItem(["a#0"], pack_ids([step]))]))
         assert (await engine.until(2))[1] == Cancel("a#0")
         await news(submission)
         assert submission.lagging

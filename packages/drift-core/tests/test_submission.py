@@ -337,7 +337,7 @@ def test_tokens_and_times_are_taken_once_and_all_times_are_kept() -> None:
     progress.token_ids.append(3)
     progress.times.append(0.3)
     assert progress.take() == ([3], [0.3], None)
-    assert progress.times == [0.0, 0.1, 0.2, 0.3]
+    assert list(progress.times) == [0.0, 0.1, 0.2, 0.3]
 
 
 def columns_of(*requests: Progress) -> Columns:
@@ -363,7 +363,7 @@ def test_columns_give_each_member_its_own_tokens() -> None:
     columns.add(ids, [8, 99, 9], 0.4)
     assert b.take() == ([3, 5, 7], [0.1, 0.2, 0.3], None)
     assert a.take() == ([8], [0.4], None)
-    assert a.times == [0.0, 0.1, 0.2, 0.3, 0.4]
+    assert list(a.times) == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
 def test_offsets_are_taken_with_the_tokens_and_times_when_it_leaves() -> None:
@@ -381,7 +381,7 @@ def test_offsets_are_taken_with_the_tokens_and_times_when_it_leaves() -> None:
     assert request.take_offsets(3_000_000) == ([4, 5], [3_500_000, 4_500_000])
     assert request.take_offsets(3_000_000) == ([], [])
     request.leave()
-    assert request.times == [2.0, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
+    assert list(request.times) == [2.0, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
@@ -423,7 +423,7 @@ def test_requests_come_and_go_and_each_has_its_own_tokens_in_order(
         got[name] += request.take()[0]
         assert got[name] == due[name]
         assert len(request.times) == len(due[name])
-        assert request.times == sorted(request.times)
+        assert list(request.times) == sorted(request.times)
 
 
 def test_another_request_of_the_same_id_has_tokens_of_its_own() -> None:

@@ -36,6 +36,7 @@ from drift_core.frames import (
     ToGateway,
     TokenLogprob,
     TokensItem,
+    pack_ids,
 )
 from drift_core.lanes_now import LanesNow
 from drift_core.link import EngineLink
@@ -264,7 +265,7 @@ def step_frame(
                 ids = output.token_ids
                 assert ids is not None, "a model's tokens have ids"
                 tokens.append(
-                    TokensItem(list(output.request_ids), list(ids), output.first, _logprobs(output))
+                    TokensItem(list(output.request_ids), pack_ids(ids), output.first, _logprobs(output))
                 )
             case Accepted():
                 accepted.append(

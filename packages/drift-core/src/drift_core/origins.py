@@ -23,6 +23,7 @@ from drift_core.frames import (
     StepFrame,
     ToGateway,
     TokensItem,
+    pack_ids,
 )
 from drift_scheduler.errors import DriftError
 from drift_scheduler.tracked import Tracked
@@ -231,13 +232,13 @@ class _Group:
 
     def part(self, item: TokensItem) -> TokensItem:
         """What the item says of them."""
-        token_ids, logprobs = item.token_ids, None
+        tokens, logprobs = item.token_ids, None
         if self._places is not None:
-            token_ids = [token_ids[place] for place in self._places]
+            tokens = pack_ids(tokens[place] for place in self._places)
         if item.logprobs:
             pairs = zip(self.ids, self.inside, strict=True)
             logprobs = {own: item.logprobs[inside] for own, inside in pairs if inside in item.logprobs}
-        return TokensItem(self.ids, token_ids, item.first, logprobs or None)
+        return TokensItem(self.ids, tokens, item.first, logprobs or None)
 
 
 def _unheard(frame: ToGateway) -> None:

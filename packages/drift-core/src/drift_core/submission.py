@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from drift_core.frames import AcceptedItem, FinishedItem, TokenLogprob
+import numpy as np
+
+from drift_core.frames import AcceptedItem, FinishedItem, TokenIds, TokenLogprob
 from drift_scheduler.errors import DriftError
 
 TURNS_AT_ONCE: Final = 12
@@ -31,6 +34,9 @@ SHARE_OF_TBT: Final = 0.25
 
 MAX_ROWS: Final = 128
 """Steps whose tokens are kept together; who is later than that gets its own for itself."""
+
+FIRST_ROWS: Final = 8
+"""Steps that there is room for at first, and then four times as many: under load each step may begin anew."""
 
 LONGEST_HOLD_S: Final = 0.05
 """Tokens are kept no longer than this, whatever the target."""
@@ -56,29 +62,50 @@ GIVEN_UP_S: Final = 30.0
 """How long a reader whose requests were cancelled may still take to hear of it."""
 
 
+if TYPE_CHECKING:
+    Times = array[float]
+else:
+    Times = array  # has no parameters before Python 3.12
+
+
 class Stretch:
     """Steps one after another in which the same requests got a token each; `places` says where each one's is.
 
-    `first`: how many steps were there before. `micros` are the times in whole microseconds since `base`: small numbers
-    are added in half the time. `next`: the stretch that follows, in which some requests are others, or none are.
+    `token_ids` (places, at least `rows`) int32: what a reader takes lies side by side, so that it is one or two lines
+    of the cache, and not one for each token. `first`: how many steps were there before. `micros` are the times in whole
+    microseconds since `base`: small numbers are added in half the time. `next`: the stretch that follows, in which some
+    requests are others, or none are.
     """
 
-    __slots__ = ("__weakref__", "base", "first", "micros", "next", "places", "rows", "times")
+    __slots__ = ("__weakref__", "base", "first", "micros", "next", "places", "rows", "times", "token_ids")
 
     def __init__(self, places: dict[str, int], first: int, base: int) -> None:
         self.places, self.first, self.base = places, first, base
-        self.rows: list[list[int]] = []
-        self.times: list[float] = []
+        self.token_ids = np.empty((len(places), FIRST_ROWS), np.int32)
+        self.rows = 0
+        self.times: Times = array("d")
         self.micros: list[int] = []
         self.next: Stretch | None = None
+
+    def add(self, token_ids: TokenIds, now: float) -> None:
+        """One more step."""
+        row = self.rows
+        if row == self.token_ids.shape[1]:
+            kept = self.token_ids
+            self.token_ids = np.empty((len(kept), 4 * row), np.int32)
+            self.token_ids[:, :row] = kept
+        self.token_ids[:, row] = token_ids
+        self.times.append(now)
+        self.micros.append(int(now * 1e6) - self.base)
+        self.rows = row + 1
 
 
 class Columns:
     """Tokens of requests that get one each at every step.
 
-    A step's token ids stay the one list that came, and its time is kept once: whoever reads takes its own place out of
-    each when it is its turn. Telling hundreds of requests of a token one by one would take longer than all else that a
-    step brings. Where a request comes or goes a new stretch begins, and the others find their way into it when they
+    A step's token ids are written down in one go, and its time is kept once: whoever reads takes what is its own when
+    it is its turn. Telling hundreds of requests of a token one by one would take longer than all else that a step
+    brings. Where a request comes or goes a new stretch begins, and the others find their way into it when they
     read: each holds the stretch that it reads, and so those that follow, and what all have read is gone.
 
     `find` gives a request in flight by its id.
@@ -91,17 +118,15 @@ class Columns:
         self.steps = 0
         """That it was ever told of."""
 
-    def add(self, ids: list[str], token_ids: list[int], now: float) -> bool:
+    def add(self, ids: list[str], token_ids: TokenIds, now: float) -> bool:
         """One step's tokens; `False` if a request is there twice, and nothing was done."""
         latest = self._latest
-        if (ids is not self._ids and ids != self._ids) or len(latest.rows) >= MAX_ROWS:
+        if (ids is not self._ids and ids != self._ids) or latest.rows >= MAX_ROWS:
             begun = self._begin(ids, int(now * 1e6))
             if begun is None:
                 return False
             latest = begun
-        latest.rows.append(token_ids)
-        latest.times.append(now)
-        latest.micros.append(int(now * 1e6) - latest.base)
+        latest.add(token_ids, now)
         self.steps += 1
         return True
 
@@ -158,7 +183,7 @@ class Progress:
         self.id = request_id
         self.accepted: AcceptedItem | None = None
         self.token_ids: list[int] = []
-        self.times: list[float] = []
+        self.times: Times = array("d")
         self.micros: list[int] = []
         """The times of the tokens that `take` gave last, in whole microseconds."""
         self._own_micros: list[int] = []  # of `token_ids`
@@ -183,7 +208,7 @@ class Progress:
         stretch = self._stretch
         if stretch is None:
             return None
-        if self._row < len(stretch.times):
+        if self._row < stretch.rows:
             return stretch.times[self._row]
         if stretch.next is None:
             return None
@@ -204,7 +229,7 @@ class Progress:
         if not token_ids:
             return token_ids, [], None
         logprobs, self.logprobs = self.logprobs, None
-        return token_ids, self.times[-len(token_ids) :], logprobs
+        return token_ids, self.times[-len(token_ids) :].tolist(), logprobs
 
     def take_offsets(self, begun: int) -> tuple[list[int], list[int]]:
         """As `take`, token ids, and when they came: microseconds after `begun`, which are never less than 0.
@@ -248,7 +273,7 @@ class Progress:
             self.token_ids += token_ids
             self._own_micros += micros
             if stretch.next is None:
-                self.times += stretch.times[self._timed :]
+                self.times.extend(stretch.times[self._timed :])
                 self._timed = self._row
                 break
             stretch = self._go_on(stretch, stretch.next)
@@ -270,16 +295,14 @@ class Progress:
 
     def _read(self, stretch: Stretch, begun: int) -> tuple[list[int], list[int]]:
         """What it has not read of a stretch: token ids, and microseconds after `begun`."""
-        rows, micros = stretch.rows, stretch.micros
-        if row := self._row:
-            rows, micros = rows[row:], micros[row:]
-        self._row += len(rows)
-        place, since = self._place, stretch.base - begun
-        return [row[place] for row in rows], [at + since for at in micros]
+        row, stop, since = self._row, stretch.rows, stretch.base - begun
+        self._row = stop
+        token_ids: list[int] = stretch.token_ids[self._place, row:stop].tolist()
+        return token_ids, [at + since for at in stretch.micros[row:]]
 
     def _go_on(self, stretch: Stretch, after: Stretch) -> Stretch:
         """All of a stretch was read: go to the one after it."""
-        self.times += stretch.times[self._timed :]
+        self.times.extend(stretch.times[self._timed :])
         self._stretch, self._place = after, after.places[self.id]
         self._row = self._timed = 0
         return after

@@ -108,7 +108,7 @@ class Line:
         self.largest = 0.0
         self._share = 1 - 1 / memory
         # Sums of 1, size; and with weights 1/size^2 of 1, size, seconds, size*size, size*seconds.
-        self._sums = [0.0] * 7
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
         for size, seconds in prior:
             self._count(size, seconds, PRIOR_WEIGHT)
 
@@ -121,8 +121,7 @@ class Line:
         """One observation; sizes are positive."""
         self.seen += 1
         self.largest = max(self.largest, size)
-        self._sums = [part * self._share for part in self._sums]
-        self._count(size, seconds, 1.0)
+        self._count(size, seconds, 1.0, self._share)
 
     def fit(self) -> tuple[float, float, float]:
         """Fixed part, seconds per size, and the mean size. Sizes all alike make it a line through the origin."""
@@ -136,13 +135,15 @@ class Line:
                 return fixed, slope, mean
         return 0.0, xy / xx, mean
 
-    def _count(self, size: float, seconds: float, weight: float) -> None:
+    def _count(self, size: float, seconds: float, weight: float, keep: float = 1.0) -> None:
+        """Weigh in one observation, and `keep` a share of what was there."""
+        count, total, n, x, y, xx, xy = self._sums
         relative = weight / (size * size)
-        values = (
-            weight, weight * size,
-            relative, relative * size, relative * seconds, weight, weight * seconds / size,
+        self._sums = (
+            count * keep + weight, total * keep + weight * size,
+            n * keep + relative, x * keep + relative * size, y * keep + relative * seconds,
+            xx * keep + weight, xy * keep + weight * seconds / size,
         )  # fmt: skip
-        self._sums = [part + value for part, value in zip(self._sums, values, strict=True)]
 
 
 @dataclass(slots=True)

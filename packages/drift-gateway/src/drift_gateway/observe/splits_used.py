@@ -30,13 +30,17 @@ class SplitsUsed:
 
     def step(self, frame: StepFrame) -> None:
         """Take in one frame: its tokens were made under the split that was in force before it."""
-        if self._partition is not None and any(not item.first for item in frame.tokens):
-            self._steps[self._partition] += 1
+        decoded, firsts = False, []
         for item in frame.tokens:
             if item.first:
-                for output_id in item.ids:
-                    if output_id in self._since:
-                        self._since[output_id] = self._steps.copy()
+                firsts += item.ids
+            else:
+                decoded = True
+        if decoded and self._partition is not None:
+            self._steps[self._partition] += 1
+        for output_id in firsts:
+            if output_id in self._since:
+                self._since[output_id] = self._steps.copy()
         for finished in frame.finished:
             since = self._since.pop(finished.id, None)
             if since is not None and finished.output_tokens > 1 and (used := self._steps - since):

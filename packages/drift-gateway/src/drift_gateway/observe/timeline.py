@@ -25,6 +25,15 @@ class Use:
     prefill_requests: int = 0
     decode_requests: int = 0
 
+    def is_of(self, frame: StepFrame) -> bool:
+        """Whether it is the use that a frame tells of: asked at each step, and mostly it is."""
+        return (
+            self.decode_requests == frame.decode_requests
+            and self.prefill_requests == frame.prefill_requests
+            and self.partition == frame.partition
+            and self.sharing == frame.sharing
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -60,20 +69,24 @@ class Timeline:
     def step(self, frame: StepFrame) -> None:
         """Take in one frame."""
         self.load = frame.load or self.load
-        self.tokens_generated += sum(len(item.ids) for item in frame.tokens)
+        for item in frame.tokens:
+            self.tokens_generated += len(item.ids)
         self.requests_finished += len(frame.finished)
         if frame.others is not None:
             self.tokens_generated += frame.others.tokens
             self.requests_finished += len(frame.others.finished)
-        use = Use(frame.partition, frame.sharing, frame.prefill_requests, frame.decode_requests)
-        if use != self._use or self._since is None:
+        if self._since is None or not self._use.is_of(frame):
             self.cut(frame.time)
-            if len(self._uses) >= KEPT_USES:
-                self._uses.clear()
-            self._use = self._uses.setdefault(use, use)
-            if use.partition is not None:
-                self.partition_switches += self._partition is not None and use.partition != self._partition
-                self._partition = use.partition
+            self._use_as(frame)
+
+    def _use_as(self, frame: StepFrame) -> None:
+        use = Use(frame.partition, frame.sharing, frame.prefill_requests, frame.decode_requests)
+        if len(self._uses) >= KEPT_USES:
+            self._uses.clear()
+        self._use = self._uses.setdefault(use, use)
+        if use.partition is not None:
+            self.partition_switches += self._partition is not None and use.partition != self._partition
+            self._partition = use.partition
 
     def engine_gone(self, now: float) -> None:
         """Nothing runs any more, and what the engine said of its load is void."""
