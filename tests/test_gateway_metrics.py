@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import numpy as np
@@ -162,7 +163,7 @@ def output(
         f"r#{number}", [1, 2, 3], SamplingParams(), slo.ttft, slo.tbt, slo.e2e, slo.name, 0, "", arrival
     )
     known: list[float] = []
-    stats.submitted(frame, known)
+    stats.submitted(frame, SimpleNamespace(times=known))
     for place, at in enumerate(times):
         known.append(at)
         stats.step(StepFrame(at, tokens=[TokensItem([frame.id], pack_ids([5]), first=not place)]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -115,7 +116,7 @@ def ended_in(service: Supervisor) -> None:
     now = time.monotonic()
     sampling = SamplingParams(max_tokens=3)
     submit = Submit("a#0", [1, 2], sampling, 2.0, 0.04, None, "chat", 0, "", now)
-    service.stats.submitted(submit, [now + 0.1, now + 0.15, now + 0.2])
+    service.stats.submitted(submit, SimpleNamespace(times=[now + 0.1, now + 0.15, now + 0.2]))
     item = FinishedItem("a#0", "length", arrival=now, finished=now + 0.2, prompt_tokens=2, output_tokens=3)
     service.stats.step(StepFrame(now + 0.2, finished=[item]))
 

@@ -384,12 +384,13 @@ def test_offsets_are_taken_with_the_tokens_and_times_when_it_leaves() -> None:
     assert list(request.times) == [2.0, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize(("rows", "shared"), [(1, 1), (3, 2), (100, 2), (100, 16)])
 def test_requests_come_and_go_and_each_has_its_own_tokens_in_order(
-    monkeypatch: pytest.MonkeyPatch, rows: int
+    monkeypatch: pytest.MonkeyPatch, rows: int, shared: int
 ) -> None:
     """Read at odd times, by either way; each token says whose it is and of which step."""
     monkeypatch.setattr(module, "MAX_ROWS", rows)
+    monkeypatch.setattr(module, "SHARED_ROWS", shared)
     chance = random.Random(rows)
     requests = {str(number): Progress(str(number)) for number in range(9)}
     columns = Columns(requests.get)
@@ -419,11 +420,33 @@ def test_requests_come_and_go_and_each_has_its_own_tokens_in_order(
                 assert len(ids) == len(offsets)
                 got[name] += ids
             assert got[name] == due[name]
+            if chance.random() < 0.1:
+                assert list(request.times) == sorted(request.times)
     for name, request in requests.items():
         got[name] += request.take()[0]
         assert got[name] == due[name]
-        assert len(request.times) == len(due[name])
-        assert list(request.times) == sorted(request.times)
+        steps = [token // 10 if token > 0 else -token for token in due[name]]
+        assert list(request.times) == [float(step) for step in steps]
+
+
+def test_times_that_are_all_members_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ROWS", 32)
+    a, b = Progress("a"), Progress("b")
+    columns = columns_of(a, b)
+    a.add(0, -1.0)
+    a.take()
+    for step in range(80):
+        columns.add(["a", "b"], [1, 2], float(step))
+        if step % 7 == 0:
+            a.take_offsets(0)
+            b.take_offsets(0)
+    kept = [[id(piece) for piece in one._pieces if len(piece) >= 32] for one in (a, b)]
+    assert len(kept[0]) == 2
+    assert kept[0] == kept[1]
+    assert len(a.take()[0]) == 80 - 78
+    assert list(a.times) == [-1.0, *map(float, range(80))]
+    b.take()
+    assert list(b.times) == [float(step) for step in range(80)]
 
 
 def test_another_request_of_the_same_id_has_tokens_of_its_own() -> None:

@@ -35,6 +35,9 @@ SHARE_OF_TBT: Final = 0.25
 MAX_ROWS: Final = 128
 """Steps whose tokens are kept together; who is later than that gets its own for itself."""
 
+SHARED_ROWS: Final = 16
+"""Times of so many steps are not copied for each request, but kept once for all."""
+
 FIRST_ROWS: Final = 8
 """Steps that there is room for at first, and then four times as many: under load each step may begin anew."""
 
@@ -166,6 +169,8 @@ class Progress:
     __slots__ = (
         "_columns",
         "_own_micros",
+        "_own_times",
+        "_pieces",
         "_place",
         "_row",
         "_stretch",
@@ -175,7 +180,6 @@ class Progress:
         "id",
         "logprobs",
         "micros",
-        "times",
         "token_ids",
     )
 
@@ -183,7 +187,8 @@ class Progress:
         self.id = request_id
         self.accepted: AcceptedItem | None = None
         self.token_ids: list[int] = []
-        self.times: Times = array("d")
+        self._own_times: Times = array("d")  # which others do not have
+        self._pieces = [self._own_times]
         self.micros: list[int] = []
         """The times of the tokens that `take` gave last, in whole microseconds."""
         self._own_micros: list[int] = []  # of `token_ids`
@@ -193,7 +198,18 @@ class Progress:
         self._stretch: Stretch | None = None  # what is read; it is in all that follow, too
         self._place = 0
         self._row = 0  # of the stretch, the first that was not read
-        self._timed = 0  # times of the stretch that are in `times`
+        self._timed = 0  # times of the stretch that were kept
+
+    @property
+    def times(self) -> Times:
+        """Of its tokens, seconds on the engine's clock. In pieces, as long as nobody asks: most belong to all who had
+        a token at the same steps, and copies for each would be most of what the gateway keeps."""
+        own = self._pieces[0]
+        if len(self._pieces) > 1:
+            for piece in self._pieces[1:]:
+                own.extend(piece)
+            self._own_times, self._pieces = own, [own]
+        return own
 
     @property
     def behind(self) -> int:
@@ -273,7 +289,7 @@ class Progress:
             self.token_ids += token_ids
             self._own_micros += micros
             if stretch.next is None:
-                self.times.extend(stretch.times[self._timed :])
+                self._keep_times(stretch)
                 self._timed = self._row
                 break
             stretch = self._go_on(stretch, stretch.next)
@@ -302,10 +318,22 @@ class Progress:
 
     def _go_on(self, stretch: Stretch, after: Stretch) -> Stretch:
         """All of a stretch was read: go to the one after it."""
-        self.times.extend(stretch.times[self._timed :])
+        self._keep_times(stretch)
         self._stretch, self._place = after, after.places[self.id]
         self._row = self._timed = 0
         return after
+
+    def _keep_times(self, stretch: Stretch) -> None:
+        """Times of a stretch that were not kept yet."""
+        if not self._timed and stretch.next is not None and stretch.rows >= SHARED_ROWS:
+            self._pieces.append(stretch.times)
+            return
+        times = stretch.times[self._timed :]
+        if self._pieces[-1] is self._own_times:
+            self._own_times.extend(times)
+        else:
+            self._own_times = times
+            self._pieces.append(times)
 
 
 def _nothing(_: Any) -> None:

@@ -337,7 +337,7 @@ class Supervisor:
         for frame, progress in zip(frames, submission.requests, strict=True):
             self._tenants[frame.id] = tenant
             self._fingerprints[frame.id] = fingerprint
-            self.stats.submitted(frame, progress.times)
+            self.stats.submitted(frame, progress)
         return submission
 
     def ended(self, submission: Submission) -> list[EndedOutput]:

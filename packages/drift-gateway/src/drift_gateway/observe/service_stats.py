@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -163,12 +163,20 @@ class Histograms:
             self.inter_token.add_sorted(gaps)
 
 
+class Timed(Protocol):
+    """What is asked of `drift_core.link.Progress`."""
+
+    @property
+    def times(self) -> Sequence[float]:
+        """Of the tokens so far, in order."""
+
+
 @dataclass(slots=True)
 class _Tracked:
-    """An output in flight, or ended and not yet forgotten. `times`: of its tokens so far; somebody else appends."""
+    """An output in flight, or ended and not yet forgotten."""
 
     frame: Submit
-    times: Sequence[float]
+    progress: Timed
     waiting: bool = True
     ended: EndedOutput | None = None
 
@@ -192,9 +200,9 @@ class ServiceStats:
         self._windows: dict[str, _Window] = {}
         self._since: float | None = None
 
-    def submitted(self, frame: Submit, times: Sequence[float]) -> None:
-        """A request was sent to the engine. `times` gets the time of each of its tokens before `step` is told."""
-        self._tracked[frame.id] = _Tracked(frame, times)
+    def submitted(self, frame: Submit, progress: Timed) -> None:
+        """A request was sent to the engine. `progress` has the time of each of its tokens before `step` is told."""
+        self._tracked[frame.id] = _Tracked(frame, progress)
         self.waiting_prefill_tokens += len(frame.prompt)
         if self._since is None:
             self._since = frame.arrival
@@ -290,7 +298,7 @@ class ServiceStats:
 
 def _ended(output: _Tracked, item: FinishedItem | None) -> tuple[EndedOutput, Floats]:
     """What became of an output, and the gaps between its tokens in order of size."""
-    frame, times = output.frame, np.array(output.times)
+    frame, times = output.frame, np.array(output.progress.times)
     gaps = np.sort(np.diff(times))
     first, last = (float(times[0]), float(times[-1])) if len(times) else (None, None)
     failed = item is not None and item.reason == FinishReason.FAILED.value
