@@ -267,6 +267,7 @@ def run(
     )
     if ahead:
         executor.meanwhile = scheduler.plan_ahead
+        executor.planned = lambda: scheduler.planned
     watch = Watch(executor, running, steps)
     gc.collect()
     gc.freeze()  # as the engine does

@@ -48,6 +48,8 @@ def assemble(config: EngineConfig, progress: Progress) -> Engine:
         )
         if hasattr(executor, "meanwhile"):
             executor.meanwhile = scheduler.plan_ahead
+        if hasattr(executor, "planned"):
+            executor.planned = lambda: scheduler.planned
         observers = registry.observers(settings)
         decisions = DecisionLog(config.log, scheduler, settings) if config.log else None
         joining = _joining(setup)

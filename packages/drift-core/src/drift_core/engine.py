@@ -113,7 +113,8 @@ class ModelExecutor(Executor, Protocol):
     """What the engine needs of an executor beyond what the scheduler does; factories of `drift_executors` make it.
 
     Optional: `meanwhile`, a call without arguments that the engine sets and `wait` makes while the device works and
-    nothing else is to be done; it says whether it did anything.
+    nothing else is to be done; it says whether it did anything. Optional: `planned`, a call that the engine sets beside
+    it: the gang that will most likely be submitted next, where that was decided ahead.
     """
 
     kv: KvPool

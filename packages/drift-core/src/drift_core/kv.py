@@ -327,6 +327,14 @@ class PagedKv:
         if held.chain.request.reuse_tokens is not None:
             self._give_up_first(held.pages[held.chain.request.reuse_tokens // self.page_tokens :])
 
+    def withdraw(self, request_id: str, known_tokens: int) -> None:
+        """Release a request that was just admitted with so many tokens: it was not an admission after all."""
+        held = self._holder(request_id)
+        self.stats.admissions -= 1
+        self.stats.query_tokens -= known_tokens
+        self.stats.hit_tokens -= held.committed * self.page_tokens
+        self.release(request_id)
+
     def _give_up_first(self, pages: list[int]) -> None:
         """Evict these before all others, the last of them first; those that somebody uses stay as they are."""
         for page in pages:

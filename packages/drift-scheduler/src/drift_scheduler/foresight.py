@@ -45,12 +45,16 @@ _ENDS = {DecodeDone: Lane.DECODE, PrefillDone: Lane.PREFILL}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a policy wants launched once `ends` have ended, at about `at` (seconds, give or take `within`)."""
+    """What a policy wants launched once `ends` have ended, at about `at` (seconds, give or take `within`).
+
+    `preemptions`: how many there had been when it was made.
+    """
 
     gang: Gang | None
     ends: frozenset[Lane]
     at: float
     within: float
+    preemptions: int = 0
 
     def fits(self, now: float, events: Sequence[Event]) -> bool:
         """Whether what happened is what was expected; outputs may have stopped early."""
@@ -120,6 +124,8 @@ class ForeseenView(LiveView):
         self._left = [] if stays.all() else np.flatnonzero(~stays).tolist()
         self._stays = stays
         self._joining: list[Tracked] = []
+        self.ends_prompts = False
+        """Whether a prefill will be through all layers."""
         self._ended_early = 0  # whose first token is their last
         self._partway: list[tuple[QueueKey, Tracked, Waiting]] = []
         self._batches: tuple[PrefillBatch, ...] | None = None
@@ -135,6 +141,11 @@ class ForeseenView(LiveView):
         if self._s.endings or self._s.starved:
             return False
         return bool(self._growth() <= self._s.kv.free_pages)
+
+    @property
+    def has_headroom(self) -> bool:
+        """Whether, as pages are now, all who decode then could take another one after the step to come."""
+        return bool(self._s.kv.free_pages >= self._growth() + self.num_decoding)
 
     def _growth(self) -> int:
         """Pages that the next step's positions need beyond those that are held."""
@@ -156,6 +167,7 @@ class ForeseenView(LiveView):
             )
             return
         self._batches = tuple(each for each in under_way if each.batch_id != batch.batch_id)
+        self.ends_prompts = True
         for chunk, tracked in zip(batch.chunks, batch.tracked, strict=True):
             request = tracked.request
             if not chunk.last:

@@ -36,10 +36,14 @@ def serve(
     while events is not None:
         now = executor.now()
         begun = stopwatch() if stopwatch is not None else 0.0
-        step = scheduler.step(now, events)
+        gang = scheduler.begin(now, events)
         seconds = stopwatch() - begun if stopwatch is not None else None
-        if step.gang is not None:
-            executor.submit(step.gang)
+        if gang is not None:
+            executor.submit(gang)
+        begun = stopwatch() if stopwatch is not None else 0.0
+        step = scheduler.complete()
+        if seconds is not None and stopwatch is not None:
+            seconds += stopwatch() - begun
         if step.ended:
             executor.forget(step.ended)
         deliver(step)

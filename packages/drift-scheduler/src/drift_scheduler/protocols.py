@@ -32,7 +32,9 @@ class KvPool(Protocol):
     """Pages of one shared KV cache. Questions change nothing; reservations are all-or-nothing.
 
     Optional: `grow(request_ids, tokens) -> int` does what a `commit` of all but the last of `tokens` and an `extend`
-    to them do for each request in order, and returns how many it did before pages ran out.
+    to them do for each request in order, and returns how many it did before pages ran out. Optional:
+    `withdraw(request_id, known_tokens)` is a `release` of a request that was just admitted with so many tokens and of
+    which nothing was computed: as if it had not been asked for, but for what had to be evicted.
     """
 
     @property

@@ -112,6 +112,12 @@ class DecodeRows:
         short: list[int] = (self.context[: self.n] > self.capacity[: self.n]).nonzero()[0].tolist()
         return short
 
+    def short_after(self, n: int) -> list[int]:
+        """Rows of `[0, n)` that go on once they have another token, and whose next position no page covers then."""
+        after = self.context[:n] + 1
+        short: list[int] = ((after > self.capacity[:n]) & (after < self.limit[:n])).nonzero()[0].tolist()
+        return short
+
     def names(self, rows: list[int]) -> list[str]:
         """The requests in these rows."""
         names = self._names

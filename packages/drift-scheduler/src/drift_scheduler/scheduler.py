@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from drift_scheduler.foresight import NEAR, ForeseenView, Plan, next_end
 from drift_scheduler.legality import IllegalGangError, check_gang
 from drift_scheduler.lifecycle import Signal, State, advance
 from drift_scheduler.live_view import LiveView
+from drift_scheduler.pages_ahead import PagesAhead
 from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, PartitionPolicy
 from drift_scheduler.rows import DecodeRows
 from drift_scheduler.tracked import Batch, Flight, QueueKey, Tracked
@@ -124,8 +126,12 @@ class Scheduler:
         self.view = LiveView(self)
         self._plan: Plan | None = None
         self._planned_at = -1  # the step after which planning ahead was tried
+        self._ahead = PagesAhead(self)
+        self._gang: Gang | None = None  # of the step under way, and whether it was decided ahead
+        self._decided_ahead = False
+        self._puts_off = False  # whether what no launch needs waits for `complete`
+        self._late: list[Callable[[], None]] = []  # what waits, in order
         self._lessons: list[Observation] = []  # what the cost model is still to be shown
-        self._learns_later = False
         self._carried: list[str] = []  # faults between two steps, for the next to tell
         self.plans = 0  # decisions made ahead, and how many of them held
         self.plans_used = 0
@@ -138,29 +144,66 @@ class Scheduler:
 
     def step(self, now: float, events: Sequence[Event]) -> Step:
         """Take in what happened and decide what to launch. `now` never decreases; times in seconds."""
+        self.begin(now, events)
+        return self.complete()
+
+    def begin(self, now: float, events: Sequence[Event]) -> Gang | None:
+        """The first half of a step: what to launch. `complete`, to be called next, says the rest.
+
+        Where a decision made ahead holds, the device need not wait for what its launch does not depend on: giving
+        pages back, news for clients, lessons for the cost model.
+        """
         self.now = now
         self.steps += 1
         self._clear_news()
-        plan, self._plan = self._plan, None
+        plan = self._plan
         if plan is not None and not plan.fits(now, events):
             plan = None
+        if plan is None:
+            self._drop_plan()
+        self._plan = None
         self._learn()
-        self._learns_later = plan is not None
+        self._puts_off = plan is not None
         for event in events:
             self._handle(event)
+        if not self._puts_off:
+            self._learn()
         if self.decode_flight is None:
             self._grow_pages()
         self._unblock()
         held = self.plans_used
-        gang = self._decide(plan)
+        self._gang = self._decide(plan)
+        self._decided_ahead = self.plans_used > held
+        self._ahead.withdraw()
+        return self._gang
+
+    def complete(self) -> Step:
+        """The second half: what was put off, and all that the step has to say."""
+        if self._puts_off:
+            self._catch_up()
+            self._unblock()
         return Step(
-            gang=gang,
+            gang=self._gang,
             outputs=tuple(self._outputs),
             ended=tuple(self._ended),
             faults=tuple(self._faults),
             observations=tuple(self._observations),
-            ahead=self.plans_used > held,
+            ahead=self._decided_ahead,
         )
+
+    def _later(self, task: Callable[[], None]) -> None:
+        """Do it now, or in `complete` where it may wait. In order either way."""
+        if self._puts_off:
+            self._late.append(task)
+        else:
+            task()
+
+    def _catch_up(self) -> None:
+        """Do what was put off; nothing more is in this step."""
+        self._puts_off = False
+        late, self._late = self._late, []
+        for task in late:
+            task()
 
     def _clear_news(self) -> None:
         self._outputs: list[Output] = []
@@ -196,6 +239,7 @@ class Scheduler:
         self._learn()
         if self.policy_faults >= self.limits.max_policy_faults:
             return False
+        self._ahead.grow()
         try:
             end = next_end(self)
             if end is None:
@@ -204,11 +248,24 @@ class Scheduler:
             if not view.holds or not (view.num_waiting or view.prefills or view.num_decoding):
                 return False
             gang = self._consult(self._dispatch, view)
+            if gang is not None:
+                check_gang(view, gang)
         except Exception:  # of a third party's; it will raise when asked in earnest, too, and that counts
             return True
         self.plans += 1
-        self._plan = Plan(gang, end.lanes, view.now, near * end.seconds + end.unsure)
+        self._plan = Plan(gang, end.lanes, view.now, near * end.seconds + end.unsure, self.preemptions)
+        if gang is not None and gang.prefill is not None and gang.prefill.batch_id < 0:
+            self._ahead.reserve(gang.prefill, view)
         return True
+
+    @property
+    def planned(self) -> Gang | None:
+        """What will most likely be launched next, in as far as that was decided ahead."""
+        return None if self._plan is None else self._plan.gang
+
+    def _drop_plan(self) -> None:
+        self._plan = None
+        self._ahead.withdraw()
 
     # ------------------------------------------------------------------------- changes between steps
 
@@ -219,7 +276,7 @@ class Scheduler:
 
         Raises DriftError, with nothing changed, where the dispatch policy refuses the device.
         """
-        self._plan = None
+        self._drop_plan()
         if dispatch is not None:
             refuse(self.device, dispatch)
             self._dispatch = dispatch
@@ -236,7 +293,7 @@ class Scheduler:
         flush = getattr(self.kv, "flush", None)
         if flush is None:
             raise DriftError(f"a KV pool of type {type(self.kv).__name__} keeps its cached prefixes")
-        self._plan = None
+        self._drop_plan()
         self.kv_epoch += 1  # what look-ups found may be gone
         return int(flush())
 
@@ -329,21 +386,21 @@ class Scheduler:
         elif tracked.state is State.WAITING:
             self._dequeue(tracked)
         tracked.state = advance(tracked.state, Signal.END)
-        self._release(tracked)
+        if tracked.admitted:
+            self.running -= 1
+            self._later(partial(self._release, tracked))
         del self.live[request_id]
         self._ended.append(request_id)
 
     def _finish(self, tracked: Tracked, reason: FinishReason, message: str = "") -> None:
-        self._announce_end(tracked, reason, message)
-        self._drop(tracked)
+        self._drop(tracked)  # what it had to count is with the request then
+        self._later(partial(self._announce_end, tracked, reason, message))
 
     def _release(self, tracked: Tracked) -> None:
-        if tracked.admitted:
-            self.kv.commit(tracked.request.id, tracked.computed)
-            self.kv.release(tracked.request.id)
-            self.kv_epoch += 1
-            tracked.capacity = 0
-            self.running -= 1
+        self.kv.commit(tracked.request.id, tracked.computed)
+        self.kv.release(tracked.request.id)
+        self.kv_epoch += 1
+        tracked.capacity = 0
 
     def _leave_batch(self, tracked: Tracked) -> None:
         batch = tracked.batch
@@ -361,19 +418,22 @@ class Scheduler:
         flight = self.decode_flight
         assert flight is not None, "a decode step ended that never began"
         assert isinstance(flight.work, DecodeStep)
-        self._observe(flight, Lane.DECODE, event.seconds)
+        self._later(partial(self._observe, flight, Lane.DECODE, event.seconds))
         self.decode_flight = None
         rows, n = self.rows, flight.rows
         gaps = rows.advance(n, self.now)
         ended = [self.live[request_id] for request_id in event.stopped]
         reasons = dict.fromkeys(event.stopped, FinishReason.STOP)
+        grown = self._ahead.grown()
+        if grown:
+            self._later(partial(self._commit_grown, grown))
         for row in rows.at_limit(n):
             tracked = rows.tracked[row]
             if tracked.request.id not in reasons:
                 reasons[tracked.request.id] = FinishReason.LENGTH
                 ended.append(tracked)
         gone = [t for t in rows.tracked[:n] if t.ending] if self.endings else []
-        self._tell_tokens(flight.work.request_ids, event, gaps, gone)
+        self._later(partial(self._tell_tokens, flight.work.request_ids, event, gaps, gone))
         for tracked in gone:
             self._drop(tracked)
         for tracked in ended:
@@ -398,7 +458,7 @@ class Scheduler:
         assert flight is not None, "a prefill block ended that never began"
         assert flight.batch is not None
         assert isinstance(flight.work, PrefillBlock)
-        self._observe(flight, Lane.PREFILL, event.seconds)
+        self._later(partial(self._observe, flight, Lane.PREFILL, event.seconds))
         self.prefill_flight = None
         batch = flight.batch
         batch.next_layer = flight.work.layer_stop
@@ -407,8 +467,11 @@ class Scheduler:
                 self._drop(tracked)
             return
         self.batches.remove(batch)
-        self.kv_epoch += 1
         self._merge(batch, event)
+        self._later(self._count_epoch)
+
+    def _count_epoch(self) -> None:
+        self.kv_epoch += 1
 
     def _merge(self, batch: Batch, event: PrefillDone) -> None:
         """The last layer is done: requests whose prompt is complete get a token and join the decode rows."""
@@ -419,7 +482,7 @@ class Scheduler:
             token = next(sampled) if chunk.last and sampled is not None else None
             tracked.batch = None
             tracked.computed = chunk.stop
-            self.kv.commit(chunk.request_id, chunk.stop)
+            self._later(partial(self.kv.commit, chunk.request_id, chunk.stop))
             if tracked.ending:
                 self._drop(tracked)
             elif chunk.last:
@@ -449,7 +512,8 @@ class Scheduler:
                 tracked.late += gap > tracked.request.slo.tbt
         ids = tuple(t.request.id for t, _ in group)
         tokens = None if event.tokens is None else [token for _, token in group if token is not None]
-        self._outputs.append(Tokens(self.now, ids, tokens, gaps, first, event.details))
+        told = Tokens(self.now, ids, tokens, gaps, first, event.details)
+        self._later(partial(self._outputs.append, told))
 
     def _join(self, tracked: Tracked, stopped: bool) -> None:
         request = tracked.request
@@ -464,6 +528,7 @@ class Scheduler:
     def _lane_failed(self, event: LaneFailed) -> None:
         if event.lane is Lane.DECODE:
             flight, self.decode_flight = self.decode_flight, None
+            self._ahead.grown()  # they end
             victims = self.rows.tracked[: flight.rows] if flight is not None else []
         else:
             flight, self.prefill_flight = self.prefill_flight, None
@@ -495,8 +560,6 @@ class Scheduler:
         )
         self._observations.append(seen)
         self._lessons.append(seen)
-        if not self._learns_later:
-            self._learn()
 
     def _learn(self) -> None:
         """Show the cost model what it has not seen yet. Nothing is decided from it where a plan is followed, so that it
@@ -539,19 +602,28 @@ class Scheduler:
             rows.capacity[short[:grown]] = -(-contexts[:grown] // page) * page
             if grown == len(short):
                 return
+        if self._puts_off:  # a plan does not go before those who decode
+            self._ahead.withdraw()
+            self._catch_up()
         needy = [rows.tracked[row] for row in short[grown:]]
         for tracked, context in zip(needy, contexts[grown:].tolist(), strict=True):
             request_id = tracked.request.id
             while tracked.row >= 0:
                 self.kv.commit(request_id, context - 1)
                 if self.kv.extend(request_id, context):
-                    rows.capacity[tracked.row] = self._rounded(context)
+                    rows.capacity[tracked.row] = self.rounded(context)
                     break
                 victim = self._victim()
                 if self._in_flight(victim):  # it gives way at the end of its block; decode waits that long
                     self.starved = True
                     return
                 self._preempt(victim)
+
+    def _commit_grown(self, grown: list[Tracked]) -> None:
+        """The step for which they had pages beforehand is done; who left since has committed more."""
+        for tracked in grown:
+            if tracked.row >= 0:
+                self.kv.commit(tracked.request.id, int(self.rows.context[tracked.row]) - 1)
 
     def _victim(self) -> Tracked:
         """Lowest priority first, youngest among equals; never one that was preempted often enough already."""
@@ -569,7 +641,9 @@ class Scheduler:
         else:
             self._dequeue(tracked)
         tracked.state = advance(tracked.state, Signal.PREEMPT)
-        self._release(tracked)
+        if tracked.admitted:
+            self.running -= 1
+            self._release(tracked)
         tracked.computed = 0
         tracked.preemptions += 1
         self.preemptions += 1
@@ -577,33 +651,42 @@ class Scheduler:
 
     def _admit(self, tracked: Tracked) -> bool:
         """Reserve pages for everything known (its whole length once preempted too often), or change nothing."""
-        request = tracked.request
-        reserve = tracked.known + 1
-        if tracked.preemptions >= self.limits.max_preemptions:
-            reserve = request.prompt_tokens + request.max_output_tokens
-        cached = self.kv.admit(request, tracked.known, reserve)
+        request, reserve = tracked.request, self.positions_for(tracked)
+        cached = self._ahead.claim(request.id)
         if cached is None:
-            return False
-        if self.rows.n and self.kv.free_pages < self.headroom:
-            self.kv.release(request.id)
-            return False
+            if self._puts_off:  # what others give back may be what it needs
+                self._catch_up()
+            cached = self.kv.admit(request, tracked.known, reserve)
+            if cached is None:
+                return False
+            if self.rows.n and self.kv.free_pages < self.headroom:
+                self.kv.release(request.id)
+                return False
         if tracked.preemptions:
             tracked.recomputed += tracked.known - 1 - cached
         else:
             tracked.cached = cached
         tracked.computed = cached
-        tracked.capacity = self._rounded(reserve)
+        tracked.capacity = self.rounded(reserve)
         if tracked.scheduled_at is None:
             tracked.scheduled_at = self.now
         self.running += 1
         return True
+
+    def positions_for(self, tracked: Tracked) -> int:
+        """Positions that a request's pages must cover for it to be admitted."""
+        request = tracked.request
+        if tracked.preemptions >= self.limits.max_preemptions:
+            return request.prompt_tokens + request.max_output_tokens
+        return tracked.known + 1
 
     @property
     def headroom(self) -> int:
         """Pages an admission must leave so that decoding requests do not run out at once: one each."""
         return self.rows.n
 
-    def _rounded(self, tokens: int) -> int:
+    def rounded(self, tokens: int) -> int:
+        """Positions of the pages that cover so many."""
         page = self.kv.page_tokens
         return -(-tokens // page) * page
 
@@ -634,8 +717,11 @@ class Scheduler:
         return applied
 
     def _as_planned(self, plan: Plan | None) -> tuple[bool, Gang | None]:
-        """Whether a plan may be followed, and what it says now: a decode step is over whoever decodes by now."""
-        if plan is None:
+        """Whether a plan may be followed, and what it says now: a decode step is over whoever decodes by now.
+
+        That it is legal was seen when it was made, of a state that differs from this one by who has stopped early.
+        """
+        if plan is None or plan.preemptions != self.preemptions:
             return False, None
         self.view.refresh()
         gang = plan.gang
@@ -644,16 +730,16 @@ class Scheduler:
             if step is None and gang.decode is not None:
                 return False, None
             gang = Gang(gang.sharing, gang.partition, gang.prefill, step)
-            try:
-                check_gang(self.view, gang)
-            except IllegalGangError:  # not the policy's fault: something came between
-                return False, None
         elif self._stalled():
             return False, None
         self.plans_used += 1
         return True, gang
 
     def _ask(self) -> Gang | None:
+        if self._puts_off:
+            self._ahead.withdraw()
+            self._catch_up()
+            self._unblock()
         self._learn()
         self.view.refresh()
         gang: Gang | None = None
@@ -745,19 +831,29 @@ class Scheduler:
         return Gang(gang.sharing, gang.partition, prefill, gang.decode)
 
     def _launch(self, gang: Gang) -> None:
-        try:
-            t_prefill, t_decode = self._predict(gang)
-        except Exception as error:  # a third party's model may raise anything; service goes on
-            t_prefill = t_decode = 0.0
-            self._fault(f"cost model raised {type(error).__name__}: {error}")
+        prefill = decode = None
         if gang.prefill is not None:
             batch = next(b for b in self.batches if b.batch_id == gang.prefill.batch_id)
             self.batches.remove(batch)
             self.batches.append(batch)  # the active batch is the last
-            self.prefill_flight = Flight(gang.prefill, gang, self.now, t_prefill, batch=batch)
+            prefill = self.prefill_flight = Flight(gang.prefill, gang, self.now, 0.0, batch=batch)
         if gang.decode is not None:
-            self.decode_flight = Flight(gang.decode, gang, self.now, t_decode, rows=self.rows.n)
+            decode = self.decode_flight = Flight(gang.decode, gang, self.now, 0.0, rows=self.rows.n)
+        switched = self.last_gang is not None and self.last_gang.partition != gang.partition
         self.last_gang = gang
+        self._later(partial(self._foretell, gang, prefill, decode, switched=switched))
+
+    def _foretell(self, gang: Gang, prefill: Flight | None, decode: Flight | None, *, switched: bool) -> None:
+        """Note how long the lanes will take, and beside what."""
+        try:
+            t_prefill, t_decode = self._predict(gang, switched=switched)
+        except Exception as error:  # a third party's model may raise anything; service goes on
+            t_prefill = t_decode = 0.0
+            self._fault(f"cost model raised {type(error).__name__}: {error}")
+        if prefill is not None:
+            prefill.predicted = t_prefill
+        if decode is not None:
+            decode.predicted = t_decode
         self._note_overlap()
 
     def _note_overlap(self) -> None:
@@ -770,7 +866,7 @@ class Scheduler:
         if decode.beside_prefill is None:
             decode.beside_prefill = prefill.gang.prefill.shape() if prefill.gang.prefill is not None else None
 
-    def _predict(self, gang: Gang) -> tuple[float, float]:
+    def _predict(self, gang: Gang, *, switched: bool) -> tuple[float, float]:
         """Seconds until each lane of the gang is done, as the cost model sees it (solo)."""
         total, costs = self.device.total_units, self.costs
         prefill, decode = gang.prefill, gang.decode
@@ -779,7 +875,6 @@ class Scheduler:
             return both, both
         spatial = gang.sharing is Sharing.SPATIAL
         t_prefill = t_decode = 0.0
-        switched = self.last_gang is not None and self.last_gang.partition != gang.partition
         delay = self._switch_seconds if switched else 0.0
         if prefill is not None:
             units = gang.partition.prefill if spatial else total

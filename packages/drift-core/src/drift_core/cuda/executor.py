@@ -193,6 +193,8 @@ class CudaExecutor:
         self._settle = kv.settle if isinstance(kv, PagedKv) else None
         self.meanwhile: Callable[[], bool] | None = None
         """Called while the device works; says whether it did anything."""
+        self.planned: Callable[[], Gang | None] | None = None
+        """What `meanwhile` has made likely to be submitted next, if it has."""
         self._states: list[SequenceState] | None = (
             None  # of the step under way, until they are looked through
         )
@@ -388,24 +390,33 @@ class CudaExecutor:
             self._inbox.put(event)
 
     def _prepare_next(self) -> None:
-        """The likeliest next step is this one's requests again, and those that have been prefilled meanwhile."""
+        """The likeliest next step is this one's requests again, and those that have been prefilled meanwhile.
+
+        Decided ahead before it is prepared, as what is decided says on how many multiprocessors and with which pages.
+        """
         running = self._running.get(Lane.DECODE)
         decoding = running is not None and running.launched and self._decode_units
         started = self.times.start()
         if decoding and self._states is not None and self._plain is None:
             self._plain = _Plain.of(self._states)
             self.times.stop("prepare", started)
-        elif decoding and self.decode.prepare(
-            self._usual_units.get(Lane.PREFILL in self._running, self._decode_units)
-        ):
-            self.times.stop("prepare", started)
         elif self.meanwhile is not None and self.meanwhile():
             self.times.stop("decide ahead", started)
+        elif decoding and self.decode.prepare(self._likely_units()):
+            self.times.stop("prepare", started)
         elif self._masks:
             self._masks.pop().allowed()
             self.times.stop("masks", started)
         elif self._settle is not None and self._settle(SETTLED_AT_ONCE):
             self.times.stop("settle", started)
+
+    def _likely_units(self) -> int:
+        """Multiprocessors that the next decode step will most likely run on."""
+        gang = self.planned() if self.planned is not None else None
+        if gang is not None and gang.decode is not None:
+            partition = None if gang.sharing is Sharing.FUSED else gang.partition
+            return self._units[self.place(Lane.DECODE, partition)]
+        return self._usual_units.get(Lane.PREFILL in self._running, self._decode_units)
 
     # ------------------------------------------------------------------------------------- launching
 

@@ -129,7 +129,7 @@ class DecodeLane:
         elif self._joining:
             rows.expect(self._joining, units)
             self._joining = []
-        elif rows.cut_for(units):
+        elif rows.cut_for(units) or rows.turn_ahead():
             return True
         elif self._ahead and rows.work is not None and self._filled is not rows.work:
             self._fill_ahead(rows.work)

@@ -102,6 +102,7 @@ class DecodeRows:
         self._moved = False  # whether the rows stand at the next step already
         self._turning: tuple[Ints, Ints] | None = None  # rows whose step begins a page, and which of theirs
         self._turned: list[Ints] = []  # of those, the ones whose page was looked up since `fill`
+        self._looked_ahead = False  # whether their pages were asked for while there was time
         self.served: Served | None = None
         """Who the step is for, where some rows are nobody's; `None` where all rows are somebody's, in order."""
         self._holes: list[int] = []  # those rows
@@ -168,6 +169,32 @@ class DecodeRows:
             self._recut(num_sms)
             self._find_turning()
 
+    def turn_ahead(self) -> bool:
+        """Look up those pages newly reached by the step that rows stand at which the pool has by now; once a step, and
+        whether there were any."""
+        if self._looked_ahead or not self._moved:
+            return False
+        self._looked_ahead = True
+        if self._turning is None:
+            self._find_turning()
+        assert self._turning is not None
+        rows, entries = self._turning
+        found: list[int] = []
+        pages: list[int] = []
+        for at, (row, entry) in enumerate(zip(rows.tolist(), entries.tolist(), strict=True)):
+            try:
+                pages.append(self._kv.page_at(self.ids[row], entry))
+            except (IndexError, ValueError):  # it leaves before it comes to that, or has left
+                continue
+            found.append(at)
+        if not found:
+            return False
+        left = np.ones(len(rows), np.bool_)
+        left[found] = False
+        self._turning = rows[left], entries[left]
+        self._take_pages(rows[found], entries[found], pages)
+        return True
+
     def choose(self, request_ids: tuple[str, ...], num_sms: int, *, dense: bool = False) -> DecodeWork:
         """Rows for the step of `request_ids`, standing at it; pages newly reached are read from the pool.
 
@@ -188,7 +215,7 @@ class DecodeRows:
 
     def done(self) -> None:
         """The step that rows stand at was run."""
-        self._moved = False
+        self._moved = self._looked_ahead = False
 
     def reset(self) -> None:
         """Know nothing of any request."""
@@ -310,7 +337,10 @@ class DecodeRows:
             return
         page_at, ids = self._kv.page_at, self.ids
         pairs = zip(rows.tolist(), entries.tolist(), strict=True)
-        new = np.array([page_at(ids[row], entry) for row, entry in pairs], np.int64)
+        self._take_pages(rows, entries, [page_at(ids[row], entry) for row, entry in pairs])
+
+    def _take_pages(self, rows: Ints, entries: Ints, pages: list[int]) -> None:
+        new = np.array(pages, np.int64)
         self._table[rows, entries] = new
         self._slots[rows] = new * self._kv.page_tokens
         self._turned.append(rows)
@@ -337,7 +367,7 @@ class DecodeRows:
                 self.states[row] = state
             else:
                 self.states.append(state)
-        self._turning = None
+        self._turning, self._looked_ahead = None, False
         self._on_host = (self._cells[:count] == HOST_TOKEN).nonzero()[0].tolist()
         rows = np.array(changed, np.int64)
         for block in self._blocks:

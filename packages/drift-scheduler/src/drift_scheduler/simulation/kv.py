@@ -208,6 +208,14 @@ class CountingKv:
         self.free_pages += private
         self._empty += private
 
+    def withdraw(self, request_id: str, known_tokens: int) -> None:
+        """Release a request that was just admitted with so many tokens: it was not an admission after all."""
+        held = self._holder(request_id)
+        self.stats.admissions -= 1
+        self.stats.query_tokens -= known_tokens
+        self.stats.hit_tokens -= len(held.runs) * held.run_pages * self.page_tokens
+        self.release(request_id)
+
     def flush(self) -> int:
         """Forget every cached prefix that no request uses; how many pages those were."""
         pages = sum(self._idle.values())
