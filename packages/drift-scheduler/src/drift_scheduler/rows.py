@@ -99,13 +99,15 @@ class DecodeRows:
         """Rows of `[0, n)` that reached their length limit."""
         if self._to_limit > 0:
             return []
-        left = self.limit[: self.n] - self.context[: self.n]
-        reached: list[int] = (left[:n] <= 0).nonzero()[0].tolist()
-        going_on = left[left > 0]
-        self._to_limit = (
-            0 if not len(going_on) or len(going_on) < self.n - len(reached) else int(going_on.min())
-        )
+        self._to_limit = 0
+        reached: list[int] = (self.limit[:n] <= self.context[:n]).nonzero()[0].tolist()
         return reached
+
+    def look_at_limits(self) -> None:
+        """Work out how far the next limit is, for `at_limit` to be quick until then."""
+        n = self.n
+        if n and not self._to_limit:
+            self._to_limit = max(0, int((self.limit[:n] - self.context[:n]).min()))
 
     def short_of_pages(self) -> list[int]:
         """Rows whose next position no page covers yet."""

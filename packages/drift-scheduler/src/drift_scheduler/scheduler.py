@@ -182,6 +182,7 @@ class Scheduler:
         if self._puts_off:
             self._catch_up()
             self._unblock()
+        self.rows.look_at_limits()
         return Step(
             gang=self._gang,
             outputs=tuple(self._outputs),
@@ -821,7 +822,8 @@ class Scheduler:
             members.append(tracked)
         if not chunks:
             return None
-        batch = Batch(self._batch_ids, tuple(chunks), tuple(members))
+        shape = block.shape() if chunks == list(block.chunks) else None
+        batch = Batch(self._batch_ids, tuple(chunks), tuple(members), shape)
         self._batch_ids += 1
         for tracked in members:
             tracked.batch = batch

@@ -84,16 +84,27 @@ class Batch:
 
     __slots__ = ("batch_id", "chunks", "deadline", "next_layer", "shape", "tracked")
 
-    def __init__(self, batch_id: int, chunks: tuple[PrefillChunk, ...], tracked: tuple[Tracked, ...]) -> None:
+    def __init__(
+        self,
+        batch_id: int,
+        chunks: tuple[PrefillChunk, ...],
+        tracked: tuple[Tracked, ...],
+        shape: PrefillShape | None = None,
+    ) -> None:
         self.batch_id = batch_id
         self.next_layer = 0
-        self.set_members(chunks, tracked)
+        self.set_members(chunks, tracked, shape)
 
-    def set_members(self, chunks: tuple[PrefillChunk, ...], tracked: tuple[Tracked, ...]) -> None:
-        """Take these chunks; used at the start and when a cancelled request drops out."""
+    def set_members(
+        self,
+        chunks: tuple[PrefillChunk, ...],
+        tracked: tuple[Tracked, ...],
+        shape: PrefillShape | None = None,
+    ) -> None:
+        """Take these chunks; used at the start and when a cancelled request drops out. `shape`: theirs, if known."""
         self.chunks = chunks
         self.tracked = tracked
-        self.shape = PrefillShape.of((c.stop - c.start, c.start) for c in chunks)
+        self.shape = shape or PrefillShape.of((c.stop - c.start, c.start) for c in chunks)
         self.deadline = min((t.request.arrival + t.request.slo.ttft for t in tracked), default=float("inf"))
 
     def snapshot(self) -> PrefillBatch:

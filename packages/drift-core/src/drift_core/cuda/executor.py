@@ -175,6 +175,9 @@ class CudaExecutor:
         self.order = Order(accelerator)
         self._streams: dict[Place, Stream] = {}
         self._units: dict[Place, int] = {}
+        self._decode_on: dict[
+            Partition | None, tuple[Stream, int]
+        ] = {}  # what `_decode_stream` has looked up
         self._make_streams()
         self.decode = DecodeLane(accelerator, self._model, kv, sequences, max_running, prefill_tokens)
         self.prefill = PrefillLane(accelerator, self._model, kv, sequences, self.decode, prefill_tokens)
@@ -246,6 +249,13 @@ class CudaExecutor:
     def stream(self, place: Place) -> tuple[Stream, int]:
         """A place's stream and its multiprocessors."""
         return self._streams[place], self._units[place]
+
+    def _decode_stream(self, partition: Partition | None) -> tuple[Stream, int]:
+        """Where decode steps run under a partition: asked for every step, and hashing places takes its time."""
+        found = self._decode_on.get(partition)
+        if found is None:
+            found = self._decode_on[partition] = self.stream(self.place(Lane.DECODE, partition))
+        return found
 
     def _make_streams(self) -> None:
         for split in self._device.splits():
@@ -415,7 +425,7 @@ class CudaExecutor:
         gang = self.planned() if self.planned is not None else None
         if gang is not None and gang.decode is not None:
             partition = None if gang.sharing is Sharing.FUSED else gang.partition
-            return self._units[self.place(Lane.DECODE, partition)]
+            return self._decode_stream(partition)[1]
         return self._usual_units.get(Lane.PREFILL in self._running, self._decode_units)
 
     # ------------------------------------------------------------------------------------- launching
@@ -427,11 +437,12 @@ class CudaExecutor:
             if work is not None
         }
         assert lanes, "a gang without work"
+        if not self._running:
+            return
         busy = {lane for running in self._running.values() for lane in running.stands_for}
         assert not lanes & busy, f"{gang} on a busy lane"
-        assert not busy or (self._gang is not None and gang.partition == self._gang.partition), (
-            f"{gang} while {self._gang} is in force"
-        )
+        assert self._gang is not None, "work that no gang began"
+        assert gang.partition == self._gang.partition, f"{gang} while {self._gang} is in force"
 
     def _attempt(self, start: Callable[[], None], lanes: tuple[Lane, ...]) -> None:
         """Launch; whatever it raises fails the lanes, and what was launched already runs before what comes next."""
@@ -498,7 +509,7 @@ class CudaExecutor:
     def _start_decode(self, gang: Gang) -> None:
         step = gang.decode
         assert step is not None
-        stream, units = self.stream(self.place(Lane.DECODE, gang.partition))
+        stream, units = self._decode_stream(gang.partition)
         lane = self.decode
         launches = lane.step(step.request_ids, stream, units, self.order)
 

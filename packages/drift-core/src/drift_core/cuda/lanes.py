@@ -77,6 +77,7 @@ class DecodeLane:
         self._mixes = self._pass(self._mixed_room(prefill_tokens))
         self._chooser = Chooser(accelerator, self.outputs, self.cells)
         self.graphs = Graphs(accelerator)
+        self._common: dict[tuple[int, int], Graph] = {}  # of steps: by stream and bucket, once they were used
         self.rows = DecodeRows(
             sequences, kv, kernels.cut_narrow,
             lambda request_id: self.cells.cell(request_id, sequences[request_id].sampler), rows, self._pages,
@@ -142,11 +143,13 @@ class DecodeLane:
         each, rows, self._joining = self._steps, self.rows, []
         work = rows.choose(ids, units)
         count, spare = len(rows), (self._spare_page, self.cells.spare)
-        extent = step_extent(bucket_of(count))
-        self._ahead = self.graphs.ready(stream.place, extent)  # else the other block is sent with the capture
-        if not self._ahead:
-            order.catch_up(stream)
-        graph = self.graph(stream, extent, units)
+        bucket = bucket_of(count)
+        extent, graph = step_extent(bucket), self._common.get((id(stream), bucket))
+        self._ahead = graph is not None or self.graphs.ready(stream.place, extent)
+        if graph is None:
+            if not self._ahead:  # the other block is sent with the capture
+                order.catch_up(stream)
+            graph = self._common[id(stream), bucket] = self.graph(stream, extent, units)
         host = each.buffers.reopen() if work is self._filled else self._fill_ahead(work)
         table = each.buffers.table(host)
         rows.fill_rest(host, table, spare)

@@ -77,7 +77,7 @@ _HOST = -1
 class StubDevice:
     """Implements `device.Accelerator` without a device.
 
-    `runs`: whether work is executed; without it only time passes. `checks`: whether order is watched.
+    `runs`: whether work is executed; without it only time passes. `checks`: whether anything is watched.
     `shared_scratch`, `lost_waits`: faults planted on purpose, for tests of the watch itself.
     """
 
@@ -169,12 +169,16 @@ class StubDevice:
 
     def copy(self, stream: Stream, target: Tensor, source: Tensor) -> None:
         """A copy; between memory that is pinned or the device's, else it would wait for the device."""
+        if self._checks:
+            self._check_copy(target, source)
+        work = Work("copy", lambda: target.copy_(source), lambda: Touches([source], [target]))
+        self._operate(cast(StubStream, stream), work, work.run)
+
+    def _check_copy(self, target: Tensor, source: Tensor) -> None:
         if not self._is_pinned(target) and not self._is_pinned(source):
             self._fault("copy", "neither side is pinned: the host would wait for the device")
         if not (target.is_contiguous() and source.is_contiguous()):
             self._fault("copy", "a strided copy goes through memory of its own and waits for it")
-        work = Work("copy", lambda: target.copy_(source), lambda: Touches([source], [target]))
-        self._operate(cast(StubStream, stream), work, work.run)
 
     def capture(self, stream: Stream, work: Work) -> Graph:
         """Nothing runs; the work is kept for replays."""
@@ -191,7 +195,8 @@ class StubDevice:
 
     def _operate(self, stream: StubStream, work: Work, run: Callable[[], object]) -> None:
         start = max(self._time, stream.free_at)
-        self._check_split(stream, work, start)
+        if self._checks:
+            self._check_split(stream, work, start)
         stream.free_at = start + self._cost(work, stream.place)
         self.log.append((work.name, stream.place, start, stream.free_at))
         count = stream.clock.get(stream.index, 0) + 1
