@@ -19,6 +19,7 @@ from drift_scheduler.domain import (
     DecodeDone,
     DecodeShape,
     DecodeStep,
+    Device,
     Event,
     FloatArray,
     Gang,
@@ -34,6 +35,7 @@ from drift_scheduler.domain import (
 from drift_scheduler.live_view import LiveView
 
 if TYPE_CHECKING:
+    from drift_scheduler.protocols import CostModel
     from drift_scheduler.scheduler import Scheduler
     from drift_scheduler.tracked import Flight, QueueKey, Tracked
 
@@ -102,6 +104,29 @@ def _end(s: Scheduler, flight: Flight, lane: Lane) -> End:
             slow = s.costs.slowdown(prefill, decode, flight.gang.partition)
             unsure = seconds * (slow[lane is Lane.DECODE] - 1.0) / 2
     return End(lanes, flight.started + seconds + unsure, seconds, unsure)
+
+
+def lane_seconds(
+    gang: Gang, device: Device, costs: CostModel, delay: float, block_seconds: float
+) -> tuple[float, float]:
+    """Seconds until each lane of the gang, (prefill, decode), is done, as the cost model sees it (solo).
+
+    `delay`: before either begins. `block_seconds`: launching a prefill block.
+    """
+    total, prefill, decode = device.total_units, gang.prefill, gang.decode
+    if gang.sharing is Sharing.FUSED and prefill is not None and decode is not None:
+        both = costs.fused(prefill.shape(), decode.shape(), total)
+        return both, both
+    spatial = gang.sharing is Sharing.SPATIAL
+    t_prefill = t_decode = 0.0
+    if prefill is not None:
+        units = gang.partition.prefill if spatial else total
+        t_prefill = costs.prefill(prefill.shape(), units) * prefill.layers / device.num_layers
+        t_prefill += delay + block_seconds
+    if decode is not None:
+        units = gang.partition.decode if spatial else total
+        t_decode = costs.decode(decode.shape(), units) + delay
+    return t_prefill, t_decode
 
 
 class ForeseenView(LiveView):

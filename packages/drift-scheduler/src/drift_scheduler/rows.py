@@ -26,13 +26,7 @@ class DecodeRows:
     def __init__(self, capacity: int = 64) -> None:
         self.n = 0
         self.tracked: list[Tracked] = []
-        self.context: IntArray = np.zeros(capacity, np.int64)
-        self.capacity: IntArray = np.zeros(capacity, np.int64)
-        self.limit: IntArray = np.zeros(capacity, np.int64)
-        self.tbt: FloatArray = np.zeros(capacity)
-        self.last_token: FloatArray = np.zeros(capacity)
-        self.tbt_max: FloatArray = np.zeros(capacity)
-        self.late: IntArray = np.zeros(capacity, np.int64)
+        self._lay_out(np.zeros((4, capacity), np.int64), np.zeros((3, capacity)))
         self._to_limit = 0  # no row gets to its limit in fewer tokens than that; nothing is known at 0
         self._names: list[str] = []
         self._ids: tuple[str, ...] | None = ()
@@ -69,8 +63,8 @@ class DecodeRows:
         last = self.n - 1
         if row != last:
             moved = self.tracked[last]
-            for array in self._arrays():
-                array[row] = array[last]
+            self._counts[:, row] = self._counts[:, last]
+            self._times[:, row] = self._times[:, last]
             self.tracked[row] = moved
             self._names[row] = self._names[last]
             moved.row = row
@@ -80,19 +74,19 @@ class DecodeRows:
         self._changed()
         return gone
 
-    def advance(self, n: int, now: float) -> FloatArray:
-        """Rows `[0, n)` got a token at `now`; returns their gaps in seconds."""
-        last, longest = self.last_token[:n], self.tbt_max[:n]
-        late, context = (
-            self.late[:n],
-            self.context[:n],
-        )  # `self.late[:n] += x` would copy the result once more
+    def advance(self, n: int) -> None:
+        """Rows `[0, n)` got a token."""
+        context = self.context[:n]  # `self.context[:n] += 1` would copy the result once more
+        context += 1
+        self._to_limit -= 1
+
+    def note_times(self, n: int, now: float) -> FloatArray:
+        """That was at `now`; returns their gaps in seconds. After `advance`, and before any of them goes."""
+        last, longest, late = self.last_token[:n], self.tbt_max[:n], self.late[:n]
         gaps: FloatArray = now - last
         last.fill(now)
         np.maximum(longest, gaps, out=longest)
         late += gaps > self.tbt[:n]
-        context += 1
-        self._to_limit -= 1
         return gaps
 
     def at_limit(self, n: int) -> list[int]:
@@ -147,23 +141,12 @@ class DecodeRows:
         self._ids = None
         self._tightest = None
 
-    def _arrays(self) -> tuple[FloatArray | IntArray, ...]:
-        return (
-            self.context,
-            self.capacity,
-            self.limit,
-            self.tbt,
-            self.last_token,
-            self.tbt_max,
-            self.late,
-        )
+    def _lay_out(self, counts: IntArray, times: FloatArray) -> None:
+        """Name the rows of two tables, which are moved by columns."""
+        self._counts, self._times = counts, times
+        self.context, self.capacity, self.limit, self.late = counts
+        self.tbt, self.last_token, self.tbt_max = times
 
     def _grow(self) -> None:
-        size = 2 * len(self.context)
-        self.context = np.resize(self.context, size)
-        self.capacity = np.resize(self.capacity, size)
-        self.limit = np.resize(self.limit, size)
-        self.tbt = np.resize(self.tbt, size)
-        self.last_token = np.resize(self.last_token, size)
-        self.tbt_max = np.resize(self.tbt_max, size)
-        self.late = np.resize(self.late, size)
+        room = ((0, 0), (0, len(self.context)))
+        self._lay_out(np.pad(self._counts, room), np.pad(self._times, room))

@@ -41,7 +41,7 @@ from drift_scheduler.domain import (
     Waiting,
 )
 from drift_scheduler.errors import DriftError
-from drift_scheduler.foresight import NEAR, ForeseenView, Plan, next_end
+from drift_scheduler.foresight import NEAR, ForeseenView, Plan, lane_seconds, next_end
 from drift_scheduler.legality import IllegalGangError, check_gang
 from drift_scheduler.lifecycle import Signal, State, advance
 from drift_scheduler.live_view import LiveView
@@ -422,7 +422,7 @@ class Scheduler:
         self._later(partial(self._observe, flight, Lane.DECODE, event.seconds))
         self.decode_flight = None
         rows, n = self.rows, flight.rows
-        gaps = rows.advance(n, self.now)
+        rows.advance(n)
         ended = [self.live[request_id] for request_id in event.stopped]
         reasons = dict.fromkeys(event.stopped, FinishReason.STOP)
         grown = self._ahead.grown()
@@ -434,12 +434,21 @@ class Scheduler:
                 reasons[tracked.request.id] = FinishReason.LENGTH
                 ended.append(tracked)
         gone = [t for t in rows.tracked[:n] if t.ending] if self.endings else []
-        self._later(partial(self._tell_tokens, flight.work.request_ids, event, gaps, gone))
+        if ended or gone:  # what they had to wait for is with their rows
+            gaps = rows.note_times(n, self.now)
+            self._later(partial(self._tell_tokens, flight.work.request_ids, event, gaps, gone))
+        else:
+            self._later(partial(self._tell_all, flight.work.request_ids, event))
         for tracked in gone:
             self._drop(tracked)
         for tracked in ended:
             if not tracked.ending:
                 self._finish(tracked, reasons[tracked.request.id])
+
+    def _tell_all(self, ids: tuple[str, ...], event: DecodeDone) -> None:
+        """The first rows got a token, and go on."""
+        gaps = self.rows.note_times(len(ids), self.now)
+        self._tell_tokens(ids, event, gaps, [])
 
     def _tell_tokens(
         self, ids: tuple[str, ...], event: DecodeDone, gaps: FloatArray, gone: list[Tracked]
@@ -848,7 +857,8 @@ class Scheduler:
     def _foretell(self, gang: Gang, prefill: Flight | None, decode: Flight | None, *, switched: bool) -> None:
         """Note how long the lanes will take, and beside what."""
         try:
-            t_prefill, t_decode = self._predict(gang, switched=switched)
+            delay = self._switch_seconds if switched else 0.0
+            t_prefill, t_decode = lane_seconds(gang, self.device, self.costs, delay, self._block_seconds)
         except Exception as error:  # a third party's model may raise anything; service goes on
             t_prefill = t_decode = 0.0
             self._fault(f"cost model raised {type(error).__name__}: {error}")
@@ -867,25 +877,6 @@ class Scheduler:
             prefill.beside_decode = decode.gang.decode.shape() if decode.gang.decode is not None else None
         if decode.beside_prefill is None:
             decode.beside_prefill = prefill.gang.prefill.shape() if prefill.gang.prefill is not None else None
-
-    def _predict(self, gang: Gang, *, switched: bool) -> tuple[float, float]:
-        """Seconds until each lane of the gang is done, as the cost model sees it (solo)."""
-        total, costs = self.device.total_units, self.costs
-        prefill, decode = gang.prefill, gang.decode
-        if gang.sharing is Sharing.FUSED and prefill is not None and decode is not None:
-            both = costs.fused(prefill.shape(), decode.shape(), total)
-            return both, both
-        spatial = gang.sharing is Sharing.SPATIAL
-        t_prefill = t_decode = 0.0
-        delay = self._switch_seconds if switched else 0.0
-        if prefill is not None:
-            units = gang.partition.prefill if spatial else total
-            t_prefill = costs.prefill(prefill.shape(), units) * prefill.layers / self.device.num_layers
-            t_prefill += delay + self._block_seconds
-        if decode is not None:
-            units = gang.partition.decode if spatial else total
-            t_decode = costs.decode(decode.shape(), units) + delay
-        return t_prefill, t_decode
 
     # ------------------------------------------------------------------------------------- questions
 
