@@ -11,7 +11,7 @@ gap and what is prepared while the device runs. Each twice: *steady*, the same r
 *changing*: outputs of 100 to 400 tokens, each that ends replaced by a new request of 200 to 1500 prompt tokens. At 128
 running that is half a request ending, half a prompt launched and half a request joining per step, about what ShareGPT's
 outputs (195 tokens in the mean) make of a full batch; how many it were is in the table, and steps by what changed in
-them are in the JSON.
+them are in the JSON. `--stops`: outputs end by a token that nobody foresees, not at their limit, which is known.
 
 Nothing but time differs between runs, so on a machine with other work `--repeats N` takes each step's least
 time over N runs.
@@ -70,6 +70,8 @@ CLOCK = time.thread_time
 COUNTS = (16, 64, 128, 256)
 UNITS, LAYERS, PAGE_TOKENS, CONTEXT = 132, 4, 16, 8192
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None)
+STOP, MEAN_OUTPUT = 1, 250
+STOPPING = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=None, stop_token_ids=[STOP])
 DRAWN = SamplingParams(temperature=0.8, top_p=0.95, ignore_eos=True, max_tokens=None)
 
 # Heads and pages of Llama-3.1-8B, which decide what the host does; widths that it never looks at are small.
@@ -162,7 +164,8 @@ def build(running: int) -> CudaExecutor:
 class Watch:
     """Times of every pass through the loop in which a decode step ended and the next one was launched."""
 
-    def __init__(self, executor: CudaExecutor, running: int, steps: int) -> None:
+    def __init__(self, executor: CudaExecutor, running: int, steps: int, stops: bool = False) -> None:
+        self._draw = random.Random(running) if stops else None
         self.gaps: list[float] = []
         self.decided_ahead = 0.0  # share of all decisions
         self.totals: list[float] = []
@@ -202,6 +205,14 @@ class Watch:
                 self.changes.append((left, joined, gang.prefill is not None))
                 self._left -= 1
             self._decoding += 1
+            self._plant()
+
+    def _plant(self) -> None:
+        """Which rows the step that runs will give a stop token."""
+        if self._draw is not None:
+            chosen = self._executor.decode.outputs.chosen
+            for row in range(len(self._executor.decode.rows)):
+                chosen[row] = STOP if self._draw.random() < 1 / MEAN_OUTPUT else 0
 
     def wait(self, until: float | None) -> Sequence[Any] | None:
         if self._left <= 0:
@@ -218,9 +229,10 @@ def measure(
     sampling: SamplingParams = GREEDY,
     repeats: int = 1,
     ahead: bool = True,
+    stops: bool = False,
 ) -> dict[str, Any]:
     """Times of decoding `running` requests, each step's the least over the repeats."""
-    watches = [run(running, steps, policy, changing, sampling, ahead) for _ in range(repeats)]
+    watches = [run(running, steps, policy, changing, sampling, ahead, stops) for _ in range(repeats)]
     gaps = [min(times) for times in zip(*(watch.gaps for watch in watches), strict=True)]
     totals = [min(times) for times in zip(*(watch.totals for watch in watches), strict=True)]
     changes = watches[0].changes
@@ -251,9 +263,21 @@ def _described(change: tuple[int, int, bool]) -> str:
 
 
 def run(
-    running: int, steps: int, policy: str, changing: bool, sampling: SamplingParams, ahead: bool = True
+    running: int,
+    steps: int,
+    policy: str,
+    changing: bool,
+    sampling: SamplingParams,
+    ahead: bool = True,
+    stops: bool = False,
 ) -> Watch:
-    """Decoding of `running` requests. `changing`: as one ends, another arrives, every other step; else nobody ends."""
+    """Decoding of `running` requests. `changing`: as one ends, another arrives, every other step; else nobody ends.
+
+    `stops`: they end by a stop token.
+    """
+    stops = stops and changing
+    if stops:
+        sampling = STOPPING
     draw = random.Random(running)
     executor = build(running)
     executor.times.clock = CLOCK
@@ -268,7 +292,7 @@ def run(
     if ahead:
         executor.meanwhile = scheduler.plan_ahead
         executor.planned = lambda: scheduler.planned
-    watch = Watch(executor, running, steps)
+    watch = Watch(executor, running, steps, stops)
     gc.collect()
     gc.freeze()  # as the engine does
     made = 0
@@ -285,10 +309,10 @@ def run(
             raise RuntimeError(fault)
         for output in step.outputs:
             if isinstance(output, Finished):
-                arrive(draw.randint(100, 400))
+                arrive(4000 if stops else draw.randint(100, 400))
 
     for _ in range(running):
-        arrive(draw.randint(5, 400) if changing else 4000)
+        arrive(draw.randint(5, 400) if changing and not stops else 4000)
     serve(scheduler, executor, deliver)
     watch.decided_ahead = scheduler.plans_used / scheduler.steps
     gc.unfreeze()
@@ -309,6 +333,7 @@ def main() -> None:
     parser.add_argument(
         "--sampled", action="store_true", help="draw tokens (temperature, top-p), not the likeliest"
     )
+    parser.add_argument("--stops", action="store_true", help="outputs end by a token, not at their limit")
     parser.add_argument("--repeats", type=int, default=1, help="runs, of which each step's least time counts")
     parser.add_argument("--not-ahead", action="store_true", help="decide only when a step has ended")
     parser.add_argument("--json", default=None, metavar="PATH")
@@ -321,7 +346,7 @@ def main() -> None:
         for name, changing in (("steady", False), ("changing", True)):
             row = measure(
                 count, options.steps, options.dispatch, changing=changing, sampling=sampling,
-                repeats=options.repeats, ahead=not options.not_ahead,
+                repeats=options.repeats, ahead=not options.not_ahead, stops=options.stops,
             )  # fmt: skip
             found[f"{count} {name}"] = row
             print(
@@ -333,7 +358,7 @@ def main() -> None:
         report = {
             "schema": "drift.bench.host-step/1", "python": platform.python_version(), "cpus": os.cpu_count(),
             "dispatch": options.dispatch, "sampled": options.sampled, "repeats": options.repeats,
-            "ahead": not options.not_ahead, "running": found,
+            "ahead": not options.not_ahead, "stops": options.stops, "running": found,
         }  # fmt: skip
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 

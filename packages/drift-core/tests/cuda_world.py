@@ -165,6 +165,7 @@ def run(
         executor.meanwhile = lambda: scheduler.plan_ahead(
             near=inf
         )  # the stub's times are not those predicted
+        executor.planned = lambda: scheduler.planned
     found: dict[str, list[int]] = {}
     left = load.count
 

@@ -153,6 +153,100 @@ def test_most_decisions_are_made_while_the_device_works(policy: str, greedy_toke
     assert sum(step.ahead for step in decided) > 0.5 * len(decided)
 
 
+STOPPING = SamplingParams(temperature=0.0, stop_token_ids=list(range(0, 61, 9)), ignore_eos=True)
+DRAWN = SamplingParams(temperature=0.9, top_k=20, seed=3, ignore_eos=True)
+
+
+def mixed_load(index: int) -> SamplingParams:
+    return (GREEDY, STOPPING, DRAWN if index > 20 else GREEDY)[index % 3]
+
+
+@pytest.fixture(scope="module")
+def mixed_tokens() -> Any:
+    return expected(Load(30, seed=6, prompt=(1, 40), output=(1, 30), params=mixed_load))
+
+
+@pytest.mark.parametrize("policy", ["gang", "drift", "chunked-prefill", "temporal"])
+def test_requests_that_come_and_go_all_the_time_get_the_cpu_executors_tokens(
+    policy: str, mixed_tokens: Any
+) -> None:
+    """Some stop where nobody foresees it, some are drawn; pages turn, rows are left and tokens noted late."""
+    load = Load(30, seed=6, prompt=(1, 40), output=(1, 30), params=mixed_load)
+    stub, plain = StubDevice(UNITS), StubDevice(UNITS)
+    executor = ready(stub)
+    ahead: list[bool] = []
+    found = run(executor, load, policy, on_step=lambda step: ahead.append(step.ahead))
+    assert found == run(ready(plain), load, policy, ahead=False)
+    assert stub.faults == plain.faults == []
+    assert sum(ahead) > 0.3 * len(ahead)
+    executor.kv.audit()
+    assert executor.kv.free_pages == executor.kv.total_pages
+    greedy = [f"r{index}" for index in range(30) if mixed_load(index) is not DRAWN]
+    assert {name: found[name] for name in greedy} == {name: mixed_tokens[name] for name in greedy}
+
+
+def test_a_step_is_prepared_for_the_units_that_were_planned() -> None:
+    executor = ready(StubDevice(UNITS))
+    cut: list[int] = []
+    prepare = executor.decode.prepare
+
+    def noting(units: int) -> bool:
+        cut.append(units)
+        return prepare(units)
+
+    executor.decode.prepare = noting  # type: ignore[method-assign]
+    planned: list[Gang | None] = [None]
+    executor.planned = lambda: planned[0]
+    arrive(executor, "a", [1, 2, 3])
+    prefill_alone(executor, "a", 3)
+    finish(executor, decode_alone(executor, "a"))
+    assert set(cut) == {UNITS}
+    for partition, units in ((SPLIT, 8), (Partition(12, 4), 4), (executor.device.all_decode, UNITS)):
+        cut.clear()
+        sharing = Sharing.EXCLUSIVE if units == UNITS else Sharing.SPATIAL
+        planned[0] = Gang(sharing, partition, decode=DecodeStep(("a",), 0))
+        finish(executor, decode_alone(executor, "a"))
+        assert set(cut) == {units}
+
+
+def test_tokens_are_noted_before_anybody_reads_them() -> None:
+    executor = ready(StubDevice(UNITS))
+    arrive(executor, "a", [1, 2, 3])
+    prefill_alone(executor, "a", 3)
+    state = executor._sequences["a"]
+    for known in range(4, 8):
+        assert len(state.tokens) == known
+        gang = decode_alone(executor, "a")
+        executor.submit(gang)
+        while not (events := executor.wait(executor.now() + 100.0)):
+            pass
+        (done,) = events
+        assert isinstance(done, DecodeDone)
+        assert len(state.tokens) == known, "the next launch does not need it"
+        executor.wait(executor.now())
+        assert list(state.tokens)[-1:] == list(done.tokens or ())
+        assert state.sampler.generated == known - 2
+
+
+def test_a_request_that_decodes_again_is_read_with_its_latest_token() -> None:
+    """A failed launch forgets the rows; what they are read from anew includes what came last."""
+    executor = ready(StubDevice(UNITS))
+    other = ready(StubDevice(UNITS))
+    tokens: list[list[int]] = []
+    for each in (executor, other):
+        arrive(each, "a", [1, 2, 3])
+        prefill_alone(each, "a", 3)
+        found: list[int] = []
+        for _ in range(4):
+            (done,) = finish(each, decode_alone(each, "a"))
+            assert isinstance(done, DecodeDone)
+            found += done.tokens or ()
+            if each is executor:
+                each.decode.rows.reset()
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
+
+
 def test_nothing_else_is_done_meanwhile_when_nothing_runs() -> None:
     executor = ready(StubDevice(UNITS))
     asked: list[bool] = []

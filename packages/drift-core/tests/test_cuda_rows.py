@@ -11,13 +11,14 @@ import pytest
 
 from drift_core.cuda.buffers import Room
 from drift_core.cuda.decode_work import DecodeWork, NativeCut, cut_decode
+from drift_core.cuda.notes import Notes
 from drift_core.cuda.rows import DecodeRows
 from drift_core.sampler import SamplerState
 from drift_core.sampling_params import SamplingParams
 from drift_core.sequences import SequenceTable
 from drift_kernels.native_library import NativeUnavailable
 
-PAGE, CAPACITY, PAGES, SPARE, UNITS = 4, 12, 30, 99, 8
+PAGE, CAPACITY, PAGES, SPARE, UNITS = 4, 12, 90, 99, 8
 SPARE_PAGE = 77
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -51,7 +52,7 @@ class World:
         self.draw = random.Random(seed)
         self.pool, self.sequences, self.cells = Pool(), SequenceTable(), {}
         self.ids: list[str] = []
-        self.made = self.holes = 0
+        self.made = self.holes = self.turned = 0
         self.rows = self.new_rows()
         self.blocks = [self.new_block() for _ in range(3)]
 
@@ -59,7 +60,7 @@ class World:
         def cut(context: Any, sms: int) -> DecodeWork:
             return cut_decode(context, 2, 8, 16, 2 * sms)
 
-        return DecodeRows(self.sequences, self.pool, cut, self.cells.__getitem__, CAPACITY, PAGES)
+        return DecodeRows(self.sequences, self.pool, cut, self.cells.__getitem__, CAPACITY, PAGES, Notes())
 
     def new_block(self) -> tuple[dict[str, Any], Any]:
         host: dict[str, Any] = {
@@ -141,7 +142,7 @@ class World:
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_kept_are_rows_read_anew(seed: int) -> None:
     world = World(seed)
-    for _ in range(150):
+    for _ in range(300):
         world.change()
         world.step()
         if world.draw.random() < 0.7 and len(world.rows):
@@ -150,7 +151,17 @@ def test_rows_kept_are_rows_read_anew(seed: int) -> None:
                 world.join()
                 world.pool.cover(world.ids[-1], len(world.sequences[world.ids[-1]].tokens))
                 world.rows.expect([world.ids[-1]], UNITS)
+            if world.draw.random() < 0.7:
+                for name in world.ids:  # some get the page of the step to come early
+                    if name in world.pool.pages and world.draw.random() < 0.8:
+                        world.pool.cover(name, len(world.sequences[name].tokens))
+                world.turned += world.rows.turn_ahead()
+                assert not world.rows.turn_ahead(), "once a step"
+            if world.draw.random() < 0.5:
+                host, table = world.blocks[world.draw.randrange(3)]
+                world.rows.fill_ahead(host, table)
     assert world.holes
+    assert world.turned
 
 
 def test_a_block_that_is_up_to_date_gets_only_what_changed() -> None:

@@ -19,6 +19,7 @@ from drift_core.cuda.cells import TokenCells, chosen_on_host, draws
 from drift_core.cuda.decode_work import Ints
 from drift_core.cuda.device import Accelerator, Stream, Touches, Work
 from drift_core.cuda.masks import Formed
+from drift_core.cuda.notes import Notes
 from drift_core.cuda.passes import Outputs, Pass
 from drift_core.cuda.rows import Served
 from drift_core.sampler import MIN_TEMPERATURE
@@ -41,9 +42,14 @@ class _Asked:
     """What the pass under way will yield."""
 
     ids: tuple[str, ...] = ()
-    states: list[SequenceState] = field(default_factory=list)
+    rows: list[SequenceState] = field(default_factory=list)
     host_rows: list[int] = field(default_factory=list)
-    order: Ints | None = None
+    served: Served | None = None
+
+    @property
+    def states(self) -> list[SequenceState]:
+        """Of `ids`."""
+        return self.rows if self.served is None else self.served.states
 
 
 @dataclass(slots=True, eq=False)
@@ -108,8 +114,8 @@ class Choice:
 class Chooser:
     """Fills in how each row's token is chosen, and adds the launches that the likeliest token does not do for."""
 
-    def __init__(self, accelerator: Accelerator, outputs: Outputs, cells: TokenCells) -> None:
-        self.accelerator, self.outputs, self._cells = accelerator, outputs, cells
+    def __init__(self, accelerator: Accelerator, outputs: Outputs, cells: TokenCells, notes: Notes) -> None:
+        self.accelerator, self.outputs, self._cells, self._notes = accelerator, outputs, cells, notes
         self.asked = _Asked()
         self._wishes: _Wishes | None = None
 
@@ -135,7 +141,7 @@ class Chooser:
             asked = _Asked(ids, states, wishes.host_rows)
         else:
             assert not wishes.host_rows, "rows without a request beside rows chosen on the host"
-            asked = _Asked(served.ids, served.states, [], served.order)
+            asked = _Asked(served.ids, states, [], served)
             if formed:
                 rows = set(served.order.tolist())
                 formed = [(row, sampler) for row, sampler in formed if row in rows]
@@ -164,7 +170,8 @@ class Chooser:
         if asked.host_rows:
             self.accelerator.host_reads(out.host_logits)
             logits = out.host_logits
-        chosen = out.chosen[: len(asked.ids)] if asked.order is None else out.chosen[asked.order]
+        served = asked.served
+        chosen = out.chosen[: len(asked.ids)] if served is None else out.chosen[served.order]
         tokens: list[int] = chosen.tolist()
         return Sampled(asked.ids, asked.states, tokens, asked.host_rows, logits)
 
@@ -172,6 +179,7 @@ class Chooser:
         """What these requests want of their tokens."""
         if not self._cells.choosy:
             return _Wishes(states)
+        self._notes.settle()
         samplers = [state.sampler for state in states]
         host_rows = [row for row, sampler in enumerate(samplers) if chosen_on_host(sampler)]
         left = set(host_rows)

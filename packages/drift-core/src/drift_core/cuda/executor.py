@@ -29,6 +29,7 @@ from drift_core.cuda.choosing import Sampled
 from drift_core.cuda.device import Accelerator, Partitions, Place, Stream
 from drift_core.cuda.kernels import Kernels
 from drift_core.cuda.lanes import REHEARSED_TOKENS, DecodeLane, PrefillLane
+from drift_core.cuda.notes import Plain
 from drift_core.cuda.order import Mark, Order
 from drift_core.cuda.passes import Model
 from drift_core.kv import PagedKv, PoolPlan
@@ -38,7 +39,7 @@ from drift_core.model.decoder import Decoder, KvCache
 from drift_core.profile import Grid
 from drift_core.sampler import SamplerState, sample
 from drift_core.sampling_params import SamplingParams
-from drift_core.sequences import SequenceState, SequenceTable
+from drift_core.sequences import SequenceTable
 from drift_scheduler.cost.hardware import DeviceSpec
 from drift_scheduler.cost.table import CostTable
 from drift_scheduler.domain import (
@@ -88,39 +89,6 @@ class _Running:
     launches: deque[Callable[[], None]]
     done: Callable[[float], tuple[Event, ...]]
     launched: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """Rows whose tokens need nothing but noting, looked through while the device computes them.
-
-    `usable`: whether all of them are such.
-    """
-
-    states: list[SequenceState]
-    usable: bool
-    appends: list[Callable[[int], None]]
-    samplers: list[SamplerState]
-    stop_ids: frozenset[int]
-
-    @classmethod
-    def of(cls, states: list[SequenceState]) -> _Plain:
-        """Look through a step's rows."""
-        samplers = [state.sampler for state in states]
-        if not all(sampler.plain and sampler.params.logprobs is None for sampler in samplers):
-            return cls(states, False, [], [], frozenset())
-        sets = {id(sampler.stop_ids): sampler.stop_ids for sampler in samplers}
-        stop_ids: frozenset[int] = frozenset().union(*sets.values())
-        return cls(states, True, [state.tokens.append for state in states], samplers, stop_ids)
-
-    def note(self, tokens: list[int], stopped: list[bool]) -> None:
-        """Each row's token, and whether it ends the row's request."""
-        for append, sampler, token in zip(self.appends, self.samplers, tokens, strict=True):
-            append(token)
-            sampler.generated += 1  # what `record` does for a plain request, without the call
-        if not self.stop_ids.isdisjoint(tokens):
-            for row, (sampler, token) in enumerate(zip(self.samplers, tokens, strict=True)):
-                stopped[row] = token in sampler.stop_ids
 
 
 @dataclass(slots=True)
@@ -198,10 +166,8 @@ class CudaExecutor:
         """Called while the device works; says whether it did anything."""
         self.planned: Callable[[], Gang | None] | None = None
         """What `meanwhile` has made likely to be submitted next, if it has."""
-        self._states: list[SequenceState] | None = (
-            None  # of the step under way, until they are looked through
-        )
-        self._plain: _Plain | None = None
+        self._plain: Plain | None = None  # the rows of the step under way, once they are looked through
+        self._notes = self.decode.notes
 
     # ------------------------------------------------------------------------------------- facts
 
@@ -309,6 +275,7 @@ class CudaExecutor:
             if decode is not None:
                 self._attempt(lambda: self._start_decode(gang), (Lane.DECODE,))
                 self.times.stop("launch decode", started)
+            self._notes.settle()
             if prefill is not None:
                 self._attempt(lambda: self._start_prefill(gang), (Lane.PREFILL,))
                 self._launch_on()
@@ -317,6 +284,7 @@ class CudaExecutor:
     def wait(self, until: float | None) -> Sequence[Event] | None:
         """Look at events until there are some or the clock reaches `until`; `None` says shut down."""
         idle_since: float | None = None
+        self._notes.settle()
         while True:
             events = self._news()
             if self._over:
@@ -407,8 +375,8 @@ class CudaExecutor:
         running = self._running.get(Lane.DECODE)
         decoding = running is not None and running.launched and self._decode_units
         started = self.times.start()
-        if decoding and self._states is not None and self._plain is None:
-            self._plain = _Plain.of(self._states)
+        if decoding and (self._plain is None or self._plain.states is not self.decode.states):
+            self._plain = Plain.of(self.decode.states)
             self.times.stop("prepare", started)
         elif self.meanwhile is not None and self.meanwhile():
             self.times.stop("decide ahead", started)
@@ -431,14 +399,14 @@ class CudaExecutor:
     # ------------------------------------------------------------------------------------- launching
 
     def _check(self, gang: Gang) -> None:
+        assert gang.prefill is not None or gang.decode is not None, "a gang without work"
+        if not self._running:
+            return
         lanes = {
             lane
             for lane, work in ((Lane.PREFILL, gang.prefill), (Lane.DECODE, gang.decode))
             if work is not None
         }
-        assert lanes, "a gang without work"
-        if not self._running:
-            return
         busy = {lane for running in self._running.values() for lane in running.stands_for}
         assert not lanes & busy, f"{gang} on a busy lane"
         assert self._gang is not None, "work that no gang began"
@@ -522,8 +490,6 @@ class CudaExecutor:
         self._decode_units = units
         self._usual_units[gang.prefill is not None or Lane.PREFILL in self._running] = units
         self._note_masks()
-        if self._states is not lane.states:
-            self._states, self._plain = lane.states, None
 
     def _start_mixed(self, gang: Gang) -> None:
         block, step = gang.prefill, gang.decode
@@ -532,6 +498,7 @@ class CudaExecutor:
         assert block.layers == self._device.num_layers, "a fused gang runs whole chunks"
         stream, units = self.stream(Place(Lane.DECODE, None))
         lane = self.decode
+        self._notes.settle()
         launches = lane.mixed(block.chunks, step.request_ids, stream, units, self.order)
         decodes = len(step.request_ids)
 
@@ -601,11 +568,13 @@ class CudaExecutor:
         return _Found(chosen.ids, tokens, stopped, details)
 
     def _note(self, chosen: Sampled, stopped: list[bool]) -> None:
-        """Each token with its request; `sample` has recorded those chosen on the host."""
-        plain, by_host = self._plain, set(chosen.host_rows)
+        """Each token with its request, at once or soon; `sample` has recorded those chosen on the host."""
+        plain = self._plain
         if plain is not None and plain.usable and plain.states is chosen.states:
-            plain.note(chosen.tokens, stopped)
+            plain.stop(chosen.tokens, stopped)
+            self._notes.put_off(plain, chosen.tokens)
             return
+        by_host = set(chosen.host_rows)
         for row, (state, token) in enumerate(zip(chosen.states, chosen.tokens, strict=True)):
             state.tokens.append(token)
             sampler = state.sampler

@@ -21,6 +21,7 @@ from drift_core.cuda.choosing import Choice, Chooser, Sampled
 from drift_core.cuda.decode_work import DecodeWork, Ints
 from drift_core.cuda.device import Accelerator, Graph, Stream, Touches, Work
 from drift_core.cuda.masks import FormMasks
+from drift_core.cuda.notes import Notes
 from drift_core.cuda.order import Order
 from drift_core.cuda.passes import Extent, Graphs, Model, Outputs, Pass, kv_cells, token_cells
 from drift_core.cuda.rows import DecodeRows, pad
@@ -74,13 +75,16 @@ class DecodeLane:
         )
         self._ahead = False  # whether the other host block may be written while the step under way runs
         self._joining: list[str] = []
+        self._nobody: dict[int, int] = {}  # by host block of steps: rows from there on are nobody's in it
+        self.notes = Notes()
         self._mixes = self._pass(self._mixed_room(prefill_tokens))
-        self._chooser = Chooser(accelerator, self.outputs, self.cells)
+        self._chooser = Chooser(accelerator, self.outputs, self.cells, self.notes)
         self.graphs = Graphs(accelerator)
         self._common: dict[tuple[int, int], Graph] = {}  # of steps: by stream and bucket, once they were used
         self.rows = DecodeRows(
             sequences, kv, kernels.cut_narrow,
             lambda request_id: self.cells.cell(request_id, sequences[request_id].sampler), rows, self._pages,
+            self.notes,
         )  # fmt: skip
 
     def _pass(self, room: Room) -> Pass:
@@ -153,8 +157,10 @@ class DecodeLane:
         host = each.buffers.reopen() if work is self._filled else self._fill_ahead(work)
         table = each.buffers.table(host)
         rows.fill_rest(host, table, spare)
-        if count < extent.tokens:
-            pad(host, table, count, extent.tokens, spare)
+        filled = self._nobody[id(host)]
+        if count < filled:
+            pad(host, table, count, filled, spare)
+            self._nobody[id(host)] = count
         self._filled, self._opened = None, False
         choice = self._chooser.ask(rows.ids, rows.states, host, each, rows.served)
         touches = self._touches(each, host, extent, np.zeros(0, np.int64))
@@ -181,6 +187,7 @@ class DecodeLane:
         buffers = self._steps.buffers
         host = buffers.reopen() if self._opened else buffers.open()
         self._opened, self._filled = True, work
+        self._nobody[id(host)] = max(self._nobody.get(id(host), buffers.room.sequences), len(self.rows))
         self.rows.fill_ahead(host, buffers.table(host))
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         return host
@@ -191,6 +198,7 @@ class DecodeLane:
 
         def make() -> Work:
             self.rows.forget_blocks()
+            self._nobody.clear()
             self._filled, self._opened = None, False
             host = each.buffers.open()
             table = each.buffers.table(host)
@@ -360,7 +368,7 @@ class PrefillLane:
         self._pages = -(-model.max_context // kv.page_tokens)
         self.outputs = Outputs(accelerator, Lane.PREFILL, model, bucket_of(self._rows), accelerator.units)
         self._passes = [self._pass(prefill_tokens) for _ in range(MOST_PREFILLS)]
-        self._chooser = Chooser(accelerator, self.outputs, self._cells)
+        self._chooser = Chooser(accelerator, self.outputs, self._cells, decode.notes)
         self._batches: dict[int, _Batch] = {}
         self.requests = 0
 
