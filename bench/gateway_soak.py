@@ -7,9 +7,10 @@ sequence numbers contiguous, ids those the simulated engine must give. Measured:
 the client had it (both clocks are CLOCK_MONOTONIC), tokens per second, CPU time per token and the gateway's memory.
 The echo sends the same tokens in messages as large as the gateway's turned out to be in the round before it, so that
 both were coalesced alike. The gateway serves `--minutes` in all, in `--rounds` parts; the echo has a quarter of it.
-Last, both are asked for more than they can send, for their most tokens per second: the simulated engine's steps then
-take `--saturating-step-ms`. Its own work comes on top of each, so that it has a bound too (`steps_per_s`), and on two
-cores shorter steps leave the gateway less of the processor: how both compare by processor time is said as well.
+Last, both are driven to their limits, at each of `--saturating-step-ms` in turns. So that it is the gateway that is
+measured on two cores, its engine is one that takes next to nothing then (`gateway_parts.source`); the echo sends what
+its messages hold as fast as it can, and they hold as many tokens as the gateway's did. With shorter steps more tokens
+come than can be sent one by one, and messages grow.
 The client speaks just the HTTP/2 it needs (`gateway_parts.calls`): with a grpc.aio client on the same cores it was the
 client that was measured.
 """
@@ -27,7 +28,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gateway_parts.processes import PARTS, Server, Watch, cpu_seconds, start_echo, start_gateway
+from gateway_parts.processes import (
+    PARTS,
+    Server,
+    Watch,
+    cpu_seconds,
+    start_echo,
+    start_fed_gateway,
+    start_gateway,
+)
 
 RESULTS = Path(__file__).parent / "results" / "gateway_soak.json"
 
@@ -52,7 +61,11 @@ def main() -> None:
     finally:
         watch.end()
         gateway.end()
-    saturated = [saturate(options) for _ in range(options.saturated_rounds)]
+    saturated = [
+        saturate(options, step_ms)
+        for _ in range(options.saturated_rounds)
+        for step_ms in options.saturating_step_ms
+    ]
     report = {
         "schema": "drift.bench.gateway_soak/1",
         "config": vars(options) | {"out": str(options.out.name)},
@@ -111,22 +124,23 @@ def measure(server: Server, options: argparse.Namespace, seconds: float, more: l
     return result
 
 
-def saturate(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of both when the engine has more than either can send."""
-    spared = argparse.Namespace(**vars(options) | {"tokens": 30_000})
-    gateway = start(options, options.saturating_step_ms)
+def saturate(options: argparse.Namespace, step_ms: float) -> dict[str, Any]:
+    """Tokens per second of both when they have more than they can send."""
+    asked = {"tokens": 30_000, "warm_up": options.saturated_warm_up}
+    endless = argparse.Namespace(**vars(options) | asked)
+    gateway = start_fed_gateway(step_ms, options.streams)
     try:
-        ours = measure(gateway, spared, options.saturated_seconds, [])
+        ours = measure(gateway, endless, options.saturated_seconds, [])
     finally:
         gateway.end()
-    ours["steps_per_s"] = round(ours["tokens_per_s"] / options.streams, 1)
+    ours["offered_tokens_per_s"] = round(options.streams / step_ms * 1e3, 1)
     echo = start_echo(0.0, ours["tokens_per_message"])
     try:
-        bare = measure(echo, spared, options.saturated_seconds, [])
+        bare = measure(echo, endless, options.saturated_seconds, [])
     finally:
         echo.end()
-    _tell("saturated", ours, bare)
-    return {"gateway": ours, "echo": bare}
+    _tell(f"saturated, a step every {step_ms:g} ms", ours, bare)
+    return {"step_ms": step_ms, "gateway": ours, "echo": bare}
 
 
 def summarise(
@@ -160,13 +174,17 @@ def summarise(
         "tokens_per_s",
     ):
         summary[unit] = {name: median(name, unit) for name in ("gateway", "echo")}
-    if saturated:
-        ours, bare = (median(name, "tokens_per_s", of=saturated) for name in ("gateway", "echo"))
-        summary["saturated_tokens_per_s"] = {"gateway": ours, "echo": bare, "ratio": _ratio(ours, bare)}
-        ours, bare = (median(name, "server_cpu_us_per_token", of=saturated) for name in ("echo", "gateway"))
-        summary["saturated_cpu_time_ratio"] = _ratio(
-            ours, bare
-        )  # echo over gateway, whatever else ran beside
+    for step_ms in options.saturating_step_ms if saturated else ():
+        pairs = [each for each in saturated if each["step_ms"] == step_ms]
+        ratios = [each["gateway"]["tokens_per_s"] / each["echo"]["tokens_per_s"] for each in pairs]
+        summary[f"saturated_tokens_per_s_at_{step_ms:g}_ms"] = {
+            "offered": pairs[0]["gateway"]["offered_tokens_per_s"],
+            "gateway": median("gateway", "tokens_per_s", of=pairs),
+            "echo": median("echo", "tokens_per_s", of=pairs),
+            "tokens_per_message": median("gateway", "tokens_per_message", of=pairs),
+            "ratio": round(statistics.median(ratios), 3),  # of a pair, as the machine's speed varies
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
     return summary
 
 
@@ -197,9 +215,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=3000, help="of one request; then the stream asks again")
     parser.add_argument("--tbt-ms", type=float, default=100.0, help="the requests' target between tokens")
     parser.add_argument("--warm-up", type=float, default=8.0)
-    parser.add_argument("--saturated-rounds", type=int, default=3)
-    parser.add_argument("--saturating-step-ms", type=float, default=1.0)
-    parser.add_argument("--saturated-seconds", type=float, default=10.0)
+    parser.add_argument("--saturated-rounds", type=int, default=5)
+    parser.add_argument("--saturating-step-ms", type=float, nargs="+", default=[5.0, 2.0, 1.0])
+    parser.add_argument("--saturated-seconds", type=float, default=5.0)
+    parser.add_argument("--saturated-warm-up", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 

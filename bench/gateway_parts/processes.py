@@ -56,6 +56,15 @@ def start_gateway(simulate: str, max_running: int, *options: str) -> Server:
     return server
 
 
+def start_fed_gateway(step_ms: float, max_running: int) -> Server:
+    """A gateway that an engine feeds which takes next to nothing itself, see `gateway_parts.fed`."""
+    command = [sys.executable, "-m", "gateway_parts.fed", f"{step_ms:g}", "--listen", "127.0.0.1:0"]
+    command += ["--max-in-flight", str(4 * max_running), "--grace", "1"]
+    server = _started(command, r"serving on 127\.0\.0\.1:(\d+)")
+    server.engine = _child(server.pid, "gateway_parts.source")
+    return server
+
+
 def start_echo(step_ms: float, hold: float) -> Server:
     """The bare echo, see `gateway_parts.echo`."""
     command = [sys.executable, "-m", "gateway_parts.echo", "--step-ms", str(step_ms), "--hold", str(hold)]

@@ -88,18 +88,23 @@ class _ByteDecoder:
     def __init__(self, tokenizer: TokenText, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._known = tokenizer.known_bytes(skip_special_tokens)
+        self._token = tokenizer.known_bytes(skip_special_tokens).__getitem__
         self._rest = b""
 
     def push(self, token_ids: Sequence[int]) -> str:
-        known = self._known
         try:
-            data = b"".join([known[token] for token in token_ids])  # type: ignore[misc]  # None raises TypeError
+            data = b"".join(map(self._token, token_ids))  # type: ignore[arg-type]  # None raises TypeError
         except (TypeError, IndexError):  # one that is new, or beyond the vocabulary
             token_bytes, skip = self._tokenizer.token_bytes, self._skip
             data = b"".join([token_bytes(token, skip) for token in token_ids])
         if self._rest:
-            data = self._rest + data
+            return self._whole_characters(self._rest + data)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return self._whole_characters(data)
+
+    def _whole_characters(self, data: bytes) -> str:
         text, used = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[used:]
         return text

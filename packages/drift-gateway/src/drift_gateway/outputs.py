@@ -28,6 +28,9 @@ REASONS = {
 }
 
 
+_RESPONSE = pb.GenerateResponse
+
+
 class Detokenizer(Protocol):
     """What is asked of `drift_core.tokenizer.IncrementalDetokenizer`."""
 
@@ -43,13 +46,33 @@ class Detokenizer(Protocol):
 
 
 class Output:
-    """Turns what one engine request tells into messages.
+    """Turns what one engine request tells into messages. Its fields lie in slots, as hundreds take turns: whatever one
+    needs has left the processor's cache by its next turn, and each place that it has to be fetched from takes time.
 
     `detokenizer` is `None` for a model without a tokenizer: token ids only. `stops`: whether there are stop
     strings, so that tokens are looked at one by one. `arrival` is when the gateway received the request, on
     `time.monotonic()`. `predicted_ttft`: seconds from then, where something was predicted. `split` tells, of an ended
     engine request, units of prefill and decode lane when most of its tokens were decoded.
     """
+
+    __slots__ = (
+        "_arrival",
+        "_arrival_us",
+        "_detokenizer",
+        "_kept",
+        "_plain",
+        "_predicted_ttft",
+        "_push",
+        "_sequence",
+        "_slo",
+        "_split",
+        "_stop_string",
+        "_stops",
+        "ended",
+        "index",
+        "progress",
+        "stop_due",
+    )
 
     def __init__(
         self,
@@ -98,7 +121,8 @@ class Output:
         if not token_ids:
             return None
         self._kept += len(token_ids)
-        return self._delta("" if self._push is None else self._push(token_ids), token_ids, offsets)
+        push = self._push
+        return self._delta("" if push is None else push(token_ids), token_ids, offsets)
 
     def _advance(self, finished: FinishedItem | None, gateway_seconds: float) -> list[pb.GenerateResponse]:
         """Whatever comes: stop strings, log probabilities, the end."""
@@ -146,15 +170,15 @@ class Output:
 
     def _delta(self, text: str, token_ids: Sequence[int], offsets_us: Sequence[int]) -> pb.GenerateResponse:
         """Filled in place: a message made apart and then copied into the response costs half as much again."""
-        response = pb.GenerateResponse()
+        response = _RESPONSE()
         delta = response.token_delta
         if self.index:
             delta.output_index = self.index
-        delta.sequence = self._sequence
+        delta.sequence = sequence = self._sequence
+        self._sequence = sequence + 1
         delta.text = text
         delta.token_ids.extend(token_ids)
         delta.offsets_us.extend(offsets_us)
-        self._sequence += 1
         return response
 
     def _finished(self, item: FinishedItem, gateway_seconds: float) -> pb.GenerateResponse:
