@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from drift_core.cuda import executor as executor_module
+from drift_core.cuda.choosing import Chooser
 from drift_core.cuda.device import Place, Touches, Work
 from drift_core.cuda.executor import CudaExecutor
 from drift_core.cuda.stub import StubDevice, flat_cost
@@ -183,6 +184,48 @@ def test_requests_that_come_and_go_all_the_time_get_the_cpu_executors_tokens(
     assert executor.kv.free_pages == executor.kv.total_pages
     greedy = [f"r{index}" for index in range(30) if mixed_load(index) is not DRAWN]
     assert {name: found[name] for name in greedy} == {name: mixed_tokens[name] for name in greedy}
+
+
+def test_how_rows_draw_is_read_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so that each is drawn for the place it will be at: the tokens are those of reading at the launch."""
+    load = Load(16, seed=8, output=(4, 30), params=lambda index: DRAWN if index % 2 else GREEDY)
+    found, early = [], []
+    look_ahead = Chooser.look_ahead
+    for ahead in (True, False):
+
+        def looking(self: Chooser, *rows: Any, wanted: bool = ahead) -> bool:
+            read = wanted and look_ahead(self, *rows)
+            early.append(read)
+            return read
+
+        monkeypatch.setattr(Chooser, "look_ahead", looking)
+        found.append(run(ready(StubDevice(UNITS)), load, "gang"))
+    assert found[0] == found[1]
+    assert sum(early) > 5
+
+
+def test_a_request_that_ends_before_its_first_step_leaves_the_others_alone() -> None:
+    executor = ready(StubDevice(UNITS))
+    arrive(executor, "a", [1, 2, 3], DRAWN)
+    prefill_alone(executor, "a", 3)
+    executor.submit(decode_alone(executor, "a"))
+    lane = executor.decode
+    while lane.prepare(UNITS):
+        pass
+    arriving = Request("b", 0.0, 3, 50, SLO(1.0, 1.0), prompt=[4, 5, 6])
+    executor.arrive(arriving, DRAWN)
+    assert executor.kv.admit(arriving, 3, 53) is not None
+    lane.expect(["b"])
+    assert lane.prepare(UNITS), "its row is there"
+    executor.kv.release("b")
+    executor.forget(["b"])
+    while lane.prepare(UNITS):
+        pass
+    events: list[Event] = []
+    while not any(isinstance(event, DecodeDone) for event in events):
+        events += executor.wait(executor.now() + 100.0) or ()
+    (done,) = finish(executor, decode_alone(executor, "a"))
+    assert isinstance(done, DecodeDone)
 
 
 def test_a_step_is_prepared_for_the_units_that_were_planned() -> None:

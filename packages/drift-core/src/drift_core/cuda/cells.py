@@ -45,8 +45,8 @@ class TokenCells:
         self._seeds[request_id] = seed if seed < 1 << 63 else seed - (1 << 64)
 
     def seed(self, request_id: str) -> int:
-        """The request's, as a signed number of 64 bits."""
-        return self._seeds[request_id]
+        """The request's, as a signed number of 64 bits; 0 where it has ended and its row is nobody's for a step."""
+        return self._seeds.get(request_id, 0)
 
     def cell(self, request_id: str, state: SamplerState) -> int:
         """The request's cell, or `HOST_TOKEN`."""

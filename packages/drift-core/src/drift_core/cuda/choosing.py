@@ -151,6 +151,18 @@ class Chooser:
             host["drawn"][:count] = wishes.drawn + wishes.steps
         return Choice(self, asked, each, count, wishes.columns is not None, formed)
 
+    def look_ahead(self, ids: tuple[str, ...], states: list[SequenceState]) -> bool:
+        """Read how the next pass's rows want their tokens while this one runs; whether that was to be done."""
+        wishes = self._wishes
+        if wishes is not None and wishes.states is states:
+            return False
+        wishes = self._wishes = self._read(ids, states)
+        wishes.steps = -1  # as of the pass before the one that is asked for next
+        if wishes.columns is not None:
+            under_way = set(self.asked.ids)
+            wishes.drawn += np.array([request_id in under_way for request_id in ids])
+        return True
+
     def rehearse(self, stream: Stream, units: int, each: Pass) -> None:
         """Compile what a pass without draws and forms does not run; the buffers hold one row that is nobody's."""
         self.outputs.masks.rehearse(stream)

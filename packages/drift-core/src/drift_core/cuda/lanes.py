@@ -134,7 +134,7 @@ class DecodeLane:
         elif self._joining:
             rows.expect(self._joining, units)
             self._joining = []
-        elif rows.cut_for(units) or rows.turn_ahead():
+        elif rows.cut_for(units) or rows.turn_ahead() or self._chooser.look_ahead(rows.ids, rows.states):
             return True
         elif self._ahead and rows.work is not None and self._filled is not rows.work:
             self._fill_ahead(rows.work)

@@ -67,16 +67,29 @@ class _Block:
 
 @dataclass(slots=True, eq=False)
 class Served:
-    """The requests of a step, each with its row among `rows`."""
+    """The requests of a step: each has the row of its place among `rows`, but for the `moved`, (place, row).
+
+    What a launch does not need is worked out when asked for first.
+    """
 
     ids: tuple[str, ...]
     rows: list[SequenceState]
-    order: Ints
+    moved: list[tuple[int, int]]
+    _order: Ints | None = None
     _states: list[SequenceState] | None = None
 
     @property
+    def order(self) -> Ints:
+        """The row of each."""
+        if self._order is None:
+            self._order = np.arange(len(self.ids))
+            for place, row in self.moved:
+                self._order[place] = row
+        return self._order
+
+    @property
     def states(self) -> list[SequenceState]:
-        """Theirs; picked out when asked for first, as a launch does not need them."""
+        """Theirs."""
         if self._states is None:
             self._states = [self.rows[row] for row in self.order.tolist()]
         return self._states
@@ -318,10 +331,8 @@ class DecodeRows:
         holes = [row for row in (*changed, *range(count, here)) if row not in taken]
         if -1 in taken or len(holes) != here - count:
             return False  # somebody is new
-        order = np.arange(count)
-        for row, source in zip(changed, sources, strict=True):
-            order[row] = source
-        self._holes, self.served = holes, Served(request_ids, self.states, order)
+        moved = list(zip(changed, sources, strict=True))
+        self._holes, self.served = holes, Served(request_ids, self.states, moved)
         return True
 
     def _close_holes(self) -> None:
