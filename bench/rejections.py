@@ -27,6 +27,7 @@ from fake_engine import READY, FakeEngine
 from gateway_under_test import FakeProcess
 
 from drift_gateway.client import SLO, AsyncDriftClient, Overloaded
+from drift_gateway.event_loop import new_event_loop
 from drift_gateway.gate import GateLimits
 from drift_gateway.server import Address, Gateway
 from drift_gateway.supervisor import EngineProcess, Supervisor
@@ -50,7 +51,8 @@ def serve(port: Any, step_seconds: float, streams: int) -> None:
         port.value = gateway.port
         await asyncio.Event().wait()
 
-    uvloop.run(run())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run())
 
 
 async def refusals(client: AsyncDriftClient, count: int, **fields: Any) -> tuple[list[float], set[str]]:

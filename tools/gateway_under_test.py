@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import uvloop
 from fake_engine import READY, FakeEngine
 
 from drift_core.frames import Ready
@@ -22,6 +21,7 @@ from drift_gateway import client as client_module
 from drift_gateway.access.security import Security
 from drift_gateway.client import AsyncDriftClient
 from drift_gateway.connection import Tls
+from drift_gateway.event_loop import new_event_loop
 from drift_gateway.gate import GateLimits
 from drift_gateway.server import Address, Gateway
 from drift_gateway.supervisor import Backoff, EngineProcess, Supervisor
@@ -137,7 +137,7 @@ def run_with_gateway(body: Callable[[UnderTest], Awaitable[None]], **options: An
         async with gateway_running(**options) as under_test:
             await asyncio.wait_for(body(under_test), 4 * PATIENCE_S)
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(run())
 
 

@@ -58,6 +58,7 @@ class Driver:
         self.messages = self.tokens = self.requests = 0
         self.all_messages = self.all_tokens = 0
         self.delay, self.gap_added, self.first = Histogram(), Histogram(), Histogram()
+        self.let_in, self.made = Histogram(), Histogram()
         self.faults: list[str] = []
         self.counting = False
         self._random = random.Random(options.seed)
@@ -90,6 +91,8 @@ class Driver:
             "delay_ms": self.delay.summary(),
             "gap_added_ms": self.gap_added.summary(),
             "ttft_ms": self.first.summary(),
+            "call_to_server_ms": self.let_in.summary(),
+            "server_to_first_token_ms": self.made.summary(),
             "client_cpu_share": round(cpu / seconds, 3),
             "faults": self.faults[:20],
         }
@@ -165,6 +168,8 @@ class Stream:
         driver = self._driver
         if not self._seen and driver.counting:
             driver.first.add(now - self._asked)
+            driver.let_in.add(self._arrival - self._asked)
+            driver.made.add(delta.offsets_us[0] * 1e-6)
         if delta.sequence != self._sequence:
             driver.faults.append(f"{self._name}: delta {delta.sequence} came, {self._sequence} was due")
         self._sequence = delta.sequence + 1

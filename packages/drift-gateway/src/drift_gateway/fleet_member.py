@@ -20,11 +20,10 @@ from math import inf
 from pathlib import Path
 from typing import Final
 
-import uvloop
-
 from drift_core.frames import Ping, Pong, Starting
 from drift_gateway import garbage
 from drift_gateway.access.security import Security
+from drift_gateway.event_loop import new_event_loop
 from drift_gateway.fleet_link import (
     TO_MEMBER,
     Abort,
@@ -240,7 +239,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=line)
     address = Address(options.address.host, port)
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             sys.exit(runner.run(_serve(options, number, address, end, at_once)))
     except DriftError as error:  # the files that it reads have changed since the service was started
         log.error("%s", error)

@@ -13,7 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
@@ -32,6 +31,7 @@ from drift_core.link import EngineFailed, EngineGone
 from drift_gateway import garbage
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.admin import AdminPort, check_admin_address
+from drift_gateway.event_loop import new_event_loop
 from drift_gateway.fleet import Fleet
 from drift_gateway.http.dashboard import add_dashboard
 from drift_gateway.http.operations import add_operations
@@ -57,7 +57,7 @@ def serve(options: ServeOptions, console: Console) -> int:
         check_admin_address(options.operations.admin)
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(options, security, console))
 
 

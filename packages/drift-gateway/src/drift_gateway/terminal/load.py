@@ -16,7 +16,6 @@ from typing import Any, Final
 from uuid import uuid4
 
 import grpc
-import uvloop
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from drift_gateway import __version__
 from drift_gateway.client import CHANNEL_OPTIONS, AsyncDriftClient, RequestError, error_of, unanswered
 from drift_gateway.connection import Connection
+from drift_gateway.event_loop import new_event_loop
 from drift_gateway.terminal.load_account import Account, DeviceTime, Outcome
 from drift_gateway.terminal.load_prompts import Prompt, PromptMaker
 from drift_gateway.v1 import generation_pb2 as pb
@@ -117,7 +117,7 @@ class LoadOptions:
 def run(options: LoadOptions, registry: Registry, console: Console) -> Report:
     """Send the workload and report. `console` gets progress and notes. Raises DriftError."""
     options.check()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(measure(options, registry, console))
 
 
