@@ -35,7 +35,7 @@ class EventLoop(uvloop.Loop):
 
     mended = 0
 
-    def add_reader(self, fd: Any, callback: Callable[[Unpack[_Ts]], Any], *args: Unpack[_Ts]) -> None:
+    def add_reader(self, fd: Any, callback: Callable[[Unpack[_Ts]], Any], *args: *_Ts) -> None:
         """As `asyncio.AbstractEventLoop.add_reader`."""
         if isinstance(fd, socket.socket) and _is_grpcs(callback):
             self.mended += 1
