@@ -35,6 +35,10 @@ SHARE_OF_TBT: Final = 0.25
 MAX_ROWS: Final = 128
 """Steps whose tokens are kept together; who is later than that gets its own for itself."""
 
+ROWS_BETWEEN: Final = 16
+"""Room for so many is left between two places, a line of the processor's cache: were they a power of two of lines
+apart, the tokens of a step would fall on a few sets of it and push one another out."""
+
 SHARED_ROWS: Final = 16
 """Times of so many steps are not copied for each request, but kept once for all."""
 
@@ -74,7 +78,7 @@ else:
 class Stretch:
     """Steps one after another in which the same requests got a token each; `places` says where each one's is.
 
-    `token_ids` (places, `room`) int32, as it lies in memory: what a reader takes is side by side, one or two lines of
+    `token_ids` (places, `width`) int32, as it lies in memory: what a reader takes is side by side, one or two lines of
     the cache and not one for each token. `first`: how many steps were there before. `micros` are the times in whole
     microseconds since `base`: small numbers are added in half the time. `next`: the stretch that follows, in which some
     requests are others, or none are.
@@ -88,10 +92,10 @@ class Stretch:
         "micros",
         "next",
         "places",
-        "room",
         "rows",
         "times",
         "token_ids",
+        "width",
     )
 
     def __init__(self, places: dict[str, int], first: int, base: int) -> None:
@@ -105,18 +109,18 @@ class Stretch:
     def add(self, token_ids: TokenIds, now: float) -> None:
         """One more step."""
         row = self.rows
-        if row == self.room:
+        if row == self.width - ROWS_BETWEEN:
             kept = self._columns
             self._make_room(4 * row)
-            self._columns[:, :row] = kept
+            self._columns[:, :row] = kept[:, :row]
         self._columns[:, row] = token_ids
         self.times.append(now)
         self.micros.append(int(now * 1e6) - self.base)
         self.rows = row + 1
 
     def _make_room(self, rows: int) -> None:
-        self.room = rows
-        self._columns = np.empty((len(self.places), rows), np.int32)
+        self.width = rows + ROWS_BETWEEN
+        self._columns = np.empty((len(self.places), self.width), np.int32)
         self.token_ids = self._columns.reshape(-1).data  # cut in a third of the time
 
 
@@ -327,7 +331,7 @@ class Progress:
         """What it has not read of a stretch: token ids, and microseconds after `begun`."""
         row, stop, since = self._row, stretch.rows, stretch.base - begun
         self._row = stop
-        first, micros = self._place * stretch.room, stretch.micros
+        first, micros = self._place * stretch.width, stretch.micros
         token_ids = stretch.token_ids[first + row : first + stop].tolist()
         return token_ids, [at + since for at in (micros[row:] if row else micros)]
 
@@ -492,12 +496,10 @@ class Submission:
         if self._waiter is None or self._passing_on:
             self._look_at_lag()
 
-    def release(self) -> None:
-        """What was held is kept no longer."""
+    def release(self, oldest: float) -> None:
+        """What was held is kept no longer; `oldest`: the time of the first token of it."""
         if self._waiter is not None and not self._passing_on and not self.queued:
-            oldest = self._oldest()
-            if oldest is not None:
-                self._queue(oldest)
+            self._queue(oldest)
 
     def fail(self, error: DriftError) -> None:
         """There will be no more news."""
@@ -511,6 +513,7 @@ class Submission:
         if waiter is None or self._passing_on or waiter.done():
             return None
         self._busy_since = time.monotonic()
+        self.held_until = 0.0
         if self._take is not None and not self._urgent and not self.lagging and self._error is None:
             self._news = False
             taken = self._take()
@@ -529,7 +532,7 @@ class Submission:
         turns = self._turns
         if turns.hold and oldest is not None and not self._urgent:
             until = oldest + turns.hold * self._longest_hold
-            if turns.hold_until(until, self):
+            if turns.hold_until(until, oldest, self):
                 return False
         self._queue(oldest)
         return True
@@ -591,7 +594,7 @@ class Turns:
         self._waiting_since = 0.0
         self._step = 0.0  # when the latest step's news came
         self._soon = 0.0  # when the second step from now will probably have come
-        self._held: list[tuple[float, int, Submission]] = []  # a heap; some are held no more, or anew
+        self._held: list[tuple[float, int, float, Submission]] = []  # a heap; some are held no more, or anew
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, due: float, submission: Submission) -> None:
@@ -601,14 +604,14 @@ class Turns:
         self._count += 1
         heappush(self._waiting, (due, self._count, submission))
 
-    def hold_until(self, until: float, submission: Submission) -> bool:
+    def hold_until(self, until: float, oldest: float, submission: Submission) -> bool:
         """Whether its tokens can wait for the next step's; if so it is released by then, should no step come."""
         if until <= self._soon:
             return False
         if submission.held_until != until:
             submission.held_until = until
             self._count += 1
-            heappush(self._held, (until, self._count, submission))
+            heappush(self._held, (until, self._count, oldest, submission))
             if self._timer is None:
                 self._set_timer(until)
         return True
@@ -671,7 +674,7 @@ class Turns:
         """Queue those whose tokens are held until then at most. Only these are looked at: hundreds may be held."""
         held = self._held
         while held and held[0][0] <= by:
-            until, _, submission = heappop(held)
+            until, _, oldest, submission = heappop(held)
             if submission.held_until == until:
                 submission.held_until = 0.0
-                submission.release()
+                submission.release(oldest)
