@@ -7,10 +7,7 @@ sequence numbers contiguous, ids those the simulated engine must give. Measured:
 the client had it (both clocks are CLOCK_MONOTONIC), tokens per second, CPU time per token and the gateway's memory.
 The echo sends the same tokens in messages as large as the gateway's turned out to be in the round before it, so that
 both were coalesced alike. The gateway serves `--minutes` in all, in `--rounds` parts; the echo has a quarter of it.
-Last, both are driven to their limits, at each of `--saturating-step-ms` in turns. So that it is the gateway that is
-measured on two cores, its engine is one that takes next to nothing then (`gateway_parts.source`); the echo sends what
-its messages hold as fast as it can, and they hold as many tokens as the gateway's did. With shorter steps more tokens
-come than can be sent one by one, and messages grow.
+How much both can send at most is for `gateway_most.py`.
 The client speaks just the HTTP/2 it needs (`gateway_parts.calls`): with a grpc.aio client on the same cores it was the
 client that was measured.
 """
@@ -34,7 +31,6 @@ from gateway_parts.processes import (
     Watch,
     cpu_seconds,
     start_echo,
-    start_fed_gateway,
     start_gateway,
 )
 
@@ -57,23 +53,17 @@ def main() -> None:
             finally:
                 echo.end()
             rounds.append({"gateway": ours, "echo": bare})
-            _tell(f"round {number + 1} of {options.rounds}", ours, bare)
+            tell(f"round {number + 1} of {options.rounds}", ours, bare)
     finally:
         watch.end()
         gateway.end()
-    saturated = [
-        saturate(options, step_ms)
-        for _ in range(options.saturated_rounds)
-        for step_ms in options.saturating_step_ms
-    ]
     report = {
         "schema": "drift.bench.gateway_soak/1",
         "config": vars(options) | {"out": str(options.out.name)},
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
         "began": begun,
-        "summary": summarise(rounds, saturated, watch, options),
+        "summary": summarise(rounds, watch, options),
         "rounds": rounds,
-        "saturated": saturated,
         "rss_mb": [
             [round(at - watch.samples[0][0], 1), round(size / 1e6, 2)] for at, size in watch.samples[::5]
         ],
@@ -124,33 +114,12 @@ def measure(server: Server, options: argparse.Namespace, seconds: float, more: l
     return result
 
 
-def saturate(options: argparse.Namespace, step_ms: float) -> dict[str, Any]:
-    """Tokens per second of both when they have more than they can send."""
-    asked = {"tokens": 30_000, "warm_up": options.saturated_warm_up}
-    endless = argparse.Namespace(**vars(options) | asked)
-    gateway = start_fed_gateway(step_ms, options.streams)
-    try:
-        ours = measure(gateway, endless, options.saturated_seconds, [])
-    finally:
-        gateway.end()
-    ours["offered_tokens_per_s"] = round(options.streams / step_ms * 1e3, 1)
-    echo = start_echo(0.0, ours["tokens_per_message"])
-    try:
-        bare = measure(echo, endless, options.saturated_seconds, [])
-    finally:
-        echo.end()
-    _tell(f"saturated, a step every {step_ms:g} ms", ours, bare)
-    return {"step_ms": step_ms, "gateway": ours, "echo": bare}
-
-
-def summarise(
-    rounds: list[dict[str, Any]], saturated: list[dict[str, Any]], watch: Watch, options: argparse.Namespace
-) -> dict[str, Any]:
+def summarise(rounds: list[dict[str, Any]], watch: Watch, options: argparse.Namespace) -> dict[str, Any]:
     """Medians over the rounds, and the ratios that the issue asks for."""
 
-    def median(name: str, *path: str, of: list[dict[str, Any]] = rounds) -> float:
+    def median(name: str, *path: str) -> float:
         values = []
-        for each in of:
+        for each in rounds:
             value = each[name]
             for key in path:
                 value = value[key]
@@ -158,7 +127,7 @@ def summarise(
         return float(statistics.median(values))
 
     summary: dict[str, Any] = {
-        "faults": [fault for each in rounds + saturated for fault in each["gateway"]["faults"]],
+        "faults": [fault for each in rounds for fault in each["gateway"]["faults"]],
         "tokens_checked": sum(each["gateway"]["all_tokens"] for each in rounds),
         "requests": sum(each["gateway"]["requests"] for each in rounds),
         "rss_slope_mb_per_min": round(watch.slope(skip_s=min(60.0, options.minutes * 15)) * 60 / 1e6, 3),
@@ -166,7 +135,7 @@ def summarise(
     for measured in ("delay_ms", "gap_added_ms"):
         for quantile in ("p50", "p99"):
             ours, bare = median("gateway", measured, quantile), median("echo", measured, quantile)
-            summary[f"{measured}_{quantile}"] = {"gateway": ours, "echo": bare, "ratio": _ratio(ours, bare)}
+            summary[f"{measured}_{quantile}"] = {"gateway": ours, "echo": bare, "ratio": ratio_of(ours, bare)}
     for unit in (
         "server_cpu_us_per_message",
         "server_cpu_us_per_token",
@@ -174,25 +143,16 @@ def summarise(
         "tokens_per_s",
     ):
         summary[unit] = {name: median(name, unit) for name in ("gateway", "echo")}
-    for step_ms in options.saturating_step_ms if saturated else ():
-        pairs = [each for each in saturated if each["step_ms"] == step_ms]
-        ratios = [each["gateway"]["tokens_per_s"] / each["echo"]["tokens_per_s"] for each in pairs]
-        summary[f"saturated_tokens_per_s_at_{step_ms:g}_ms"] = {
-            "offered": pairs[0]["gateway"]["offered_tokens_per_s"],
-            "gateway": median("gateway", "tokens_per_s", of=pairs),
-            "echo": median("echo", "tokens_per_s", of=pairs),
-            "tokens_per_message": median("gateway", "tokens_per_message", of=pairs),
-            "ratio": round(statistics.median(ratios), 3),  # of a pair, as the machine's speed varies
-            "ratios": [round(ratio, 3) for ratio in ratios],
-        }
     return summary
 
 
-def _ratio(ours: float, bare: float) -> float:
+def ratio_of(ours: float, bare: float) -> float:
+    """Ours over the echo's."""
     return round(ours / bare, 3) if bare else 0.0
 
 
-def _tell(title: str, ours: dict[str, Any], bare: dict[str, Any]) -> None:
+def tell(title: str, ours: dict[str, Any], bare: dict[str, Any]) -> None:
+    """A line for each on standard error."""
     print(f"{title}; load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
     for name, got in (("gateway", ours), ("echo", bare)):
         print(
@@ -215,10 +175,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=3000, help="of one request; then the stream asks again")
     parser.add_argument("--tbt-ms", type=float, default=100.0, help="the requests' target between tokens")
     parser.add_argument("--warm-up", type=float, default=8.0)
-    parser.add_argument("--saturated-rounds", type=int, default=5)
-    parser.add_argument("--saturating-step-ms", type=float, nargs="+", default=[5.0, 2.0, 1.0])
-    parser.add_argument("--saturated-seconds", type=float, default=5.0)
-    parser.add_argument("--saturated-warm-up", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser.parse_args()
 
