@@ -16,7 +16,7 @@ import uvloop
 
 from drift_gateway.event_loop import EventLoop, new_event_loop
 
-EVENTS = 3000
+EVENTS = 1200
 PATIENCE_S = 60.0
 
 
