@@ -5,8 +5,10 @@
 The gateway is `drift serve`, its engine one that takes next to nothing (`gateway_parts.source`), so that on two cores
 it is the gateway that is measured. With shorter steps more tokens come than can be sent one by one, and messages grow.
 The echo has as many tokens to send, of steps as long, and its messages hold what the gateway's turned out to hold in
-the run just before; where either is late, what came meanwhile goes along. Machines vary: figures are medians over the
-rounds, and ratios are of pairs. Processor time per message is over the whole run, its beginning included.
+the run just before; where either is late, what came meanwhile goes along. As far as both keep up that says nothing of
+what they could send, so the echo runs once more with all its tokens ready (`ready`), in messages as large: its most.
+Machines vary: figures are medians over the rounds, and ratios are of neighbours. Processor time per message is over the
+whole run, its beginning included.
 """
 
 from __future__ import annotations
@@ -50,12 +52,14 @@ def pair(options: argparse.Namespace, step_ms: float) -> dict[str, Any]:
     """One run of each at the same load."""
     ours = _run(start_fed_gateway(step_ms, options.streams), options)
     bare = _run(start_echo(step_ms, ours["tokens_per_message"]), options)
+    ready = _run(start_echo(0.0, ours["tokens_per_message"]), options)
     tell(f"a step every {step_ms:g} ms", ours, bare)
     return {
         "step_ms": step_ms,
         "offered_tokens_per_s": options.streams / step_ms * 1e3,
         "gateway": ours,
         "echo": bare,
+        "ready": ready,
     }
 
 
@@ -65,14 +69,18 @@ def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     def median(name: str, value: str) -> float:
         return float(statistics.median(each[name][value] for each in pairs))
 
-    ratios = [ratio_of(each["gateway"]["tokens_per_s"], each["echo"]["tokens_per_s"]) for each in pairs]
+    def ratios(other: str) -> list[float]:
+        return [ratio_of(each["gateway"]["tokens_per_s"], each[other]["tokens_per_s"]) for each in pairs]
+
     values = ("tokens_per_s", "tokens_per_message", "server_cpu_us_per_message")
     return {
         "step_ms": pairs[0]["step_ms"],
         "offered_tokens_per_s": pairs[0]["offered_tokens_per_s"],
-        **{value: {name: median(name, value) for name in ("gateway", "echo")} for value in values},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        **{value: {name: median(name, value) for name in ("gateway", "echo", "ready")} for value in values},
+        "ratio": statistics.median(ratios("echo")),
+        "ratios": ratios("echo"),
+        "ratio_to_ready": statistics.median(ratios("ready")),
+        "ratios_to_ready": ratios("ready"),
     }
 
 

@@ -5,7 +5,7 @@ called back while there are bytes to read; gRPC's callback reads one of them, ho
 queue. With more than one thing done per round of the loop bytes pile up. After 278 of them (on Linux) the sockets are
 full, and the thread waits with each thing until the loop has read one more byte: from then on the loop hears of one
 thing a round, and new calls wait inside gRPC behind hundreds of messages that were sent. In a gateway that streamed to
-512 clients and used all of a processor they waited for seconds, and a third of its tokens per second was lost.
+512 clients and used all of a processor they waited for seconds, and a quarter of its tokens per second was lost.
 
 So here all bytes but one are read before gRPC's callback is. It is known by its class, so that a release of gRPC which
 does this otherwise is left alone; a test looks whether the one in use is known.

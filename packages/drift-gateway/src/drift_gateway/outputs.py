@@ -28,9 +28,6 @@ REASONS = {
 }
 
 
-_RESPONSE = pb.GenerateResponse
-
-
 class Detokenizer(Protocol):
     """What is asked of `drift_core.tokenizer.IncrementalDetokenizer`."""
 
@@ -46,8 +43,7 @@ class Detokenizer(Protocol):
 
 
 class Output:
-    """Turns what one engine request tells into messages. Its fields lie in slots, as hundreds take turns: whatever one
-    needs has left the processor's cache by its next turn, and each place that it has to be fetched from takes time.
+    """Turns what one engine request tells into messages.
 
     `detokenizer` is `None` for a model without a tokenizer: token ids only. `stops`: whether there are stop
     strings, so that tokens are looked at one by one. `arrival` is when the gateway received the request, on
@@ -170,15 +166,15 @@ class Output:
 
     def _delta(self, text: str, token_ids: Sequence[int], offsets_us: Sequence[int]) -> pb.GenerateResponse:
         """Filled in place: a message made apart and then copied into the response costs half as much again."""
-        response = _RESPONSE()
+        response = pb.GenerateResponse()
         delta = response.token_delta
         if self.index:
             delta.output_index = self.index
-        delta.sequence = sequence = self._sequence
-        self._sequence = sequence + 1
+        delta.sequence = self._sequence
         delta.text = text
         delta.token_ids.extend(token_ids)
         delta.offsets_us.extend(offsets_us)
+        self._sequence += 1
         return response
 
     def _finished(self, item: FinishedItem, gateway_seconds: float) -> pb.GenerateResponse:

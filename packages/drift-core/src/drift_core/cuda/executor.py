@@ -143,9 +143,8 @@ class CudaExecutor:
         self.order = Order(accelerator)
         self._streams: dict[Place, Stream] = {}
         self._units: dict[Place, int] = {}
-        self._decode_on: dict[
-            Partition | None, tuple[Stream, int]
-        ] = {}  # what `_decode_stream` has looked up
+        # What `_decode_stream` has looked up.
+        self._decode_on: dict[Partition | None, tuple[Stream, int]] = {}
         self._make_streams()
         self.decode = DecodeLane(accelerator, self._model, kv, sequences, max_running, prefill_tokens)
         self.prefill = PrefillLane(accelerator, self._model, kv, sequences, self.decode, prefill_tokens)
