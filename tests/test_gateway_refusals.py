@@ -65,6 +65,8 @@ WRONG = {
     "slo.tbt_ms": asking(slo=pb.SLO(tbt_ms=-1.0)),
     "slo.e2e_ms": asking(slo=pb.SLO(e2e_ms=math.nan)),
     "slo.class": asking(slo=pb.SLO(**{"class": "x" * 65})),  # type: ignore[arg-type]
+    "slo.class ": asking(slo=pb.SLO(**{"class": "\x1b]0;name\x07"})),  # type: ignore[arg-type]
+    "slo.class  ": asking(slo=pb.SLO(**{"class": "two\nlines"})),  # type: ignore[arg-type]
     "sampling.n": sampling(n=0),
     "sampling.n ": sampling(n=17),
     "sampling.n  ": sampling(n=4_000_000_000),

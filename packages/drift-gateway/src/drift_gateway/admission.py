@@ -234,6 +234,8 @@ def _slo(asked: pb.SLO, ready: Ready) -> SLO:
     name = getattr(asked, "class") or "default"
     if len(name) > MAX_CLASS_CHARACTERS:
         raise invalid("slo.class", f"has {len(name)} characters, more than {MAX_CLASS_CHARACTERS}")
+    if not name.isprintable():  # it is shown in terminals, labels metrics and stands in logs
+        raise invalid("slo.class", f"{name!a} has characters that cannot be printed")
     ttft, tbt, e2e = seconds("ttft_ms"), seconds("tbt_ms"), seconds("e2e_ms")
     return SLO(ready.slo_ttft if ttft is None else ttft, ready.slo_tbt if tbt is None else tbt, e2e, name)
 
