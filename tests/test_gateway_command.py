@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from drift_gateway import serving
 from drift_gateway.commands.serve import serve as serve_command
 from drift_gateway.server import Address, check_address, parse_address
+from drift_gateway.supervisor import ChildProcess
 from drift_scheduler.errors import DriftError
 
 
@@ -226,6 +228,20 @@ def test_a_gateway_process_never_loads_torch() -> None:
     check = "import sys, drift_gateway.serving, drift_gateway.commands.serve"
     check += "; from drift_scheduler import plugins; plugins.load(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=120)
+
+
+def test_no_module_is_taken_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "struct.py").write_text("raise SystemExit('a module of the working directory ran')")
+    (tmp_path / "stray.py").write_text("print('so did this one')")
+    monkeypatch.chdir(tmp_path)  # `cd model && drift serve --model .`, and the model brings a struct.py
+
+    async def told() -> str:
+        process = await ChildProcess.spawn_module("stray", (), b"")
+        return await asyncio.wait_for(process.wait(), 60.0)
+
+    assert "No module named stray" in asyncio.run(told())
 
 
 def _children(pid: int) -> list[int]:

@@ -550,6 +550,7 @@ class ChildProcess:
         """Start a module of ours with its configuration on stdin. Without `own_output` it shares our stdout."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # the working directory may be a model's: nothing in it is a module of ours
             "-m",
             module,
             *arguments,

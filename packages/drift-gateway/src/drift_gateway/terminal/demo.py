@@ -138,7 +138,7 @@ async def _server(target: str | Connection | None) -> AsyncIterator[str | Connec
         yield target
         return
     address = f"127.0.0.1:{_free_port()}"
-    command = [sys.executable, "-m", "drift_gateway", "serve", "--model", "demo", "--listen", address]
+    command = [sys.executable, "-P", "-m", "drift_gateway", "serve", "--model", "demo", "--listen", address]
     process = subprocess.Popen(command)
     try:
         await _until_ready(address, process)
