@@ -22,6 +22,7 @@ async def _spawn(cls: type[ChildProcess], config: EngineConfig, socket_path: Pat
 
 if __name__ == "__main__":
     STEP_MS = sys.argv.pop(1)
+    os.environ["PYTHONPATH"] = os.fspath(Path(__file__).parents[1])  # where the engine finds its module
     ChildProcess.spawn = classmethod(_spawn)  # type: ignore[method-assign, assignment]
     sys.argv[1:1] = ["serve", "--device", "simulated"]
     main()
