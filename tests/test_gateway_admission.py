@@ -244,6 +244,20 @@ def test_each_class_has_its_own_queue() -> None:
     run_with_gateway(body, paused=True, limits=GateLimits(max_queued=2))
 
 
+@pytest.mark.parametrize("limits", [GateLimits(max_in_flight=3), GateLimits(max_queued=3)])
+def test_more_outputs_than_are_ever_let_in_are_not_told_to_come_back(limits: GateLimits) -> None:
+    async def body(under: UnderTest) -> None:
+        with pytest.raises(
+            api.InvalidRequest, match="4 outputs at a time are more than the 3 ever"
+        ) as raised:
+            await under.client.generate(token_ids=[1], n=4, max_tokens=2).complete()
+        assert list(raised.value.fields) == ["sampling.n"]
+        assert raised.value.retry_after is None
+        assert len(await under.client.generate(token_ids=[1], n=3, max_tokens=2).completions()) == 3
+
+    run_with_gateway(body, limits=limits)
+
+
 def test_pages_are_promised_only_so_many_times_over_and_given_back() -> None:
     async def body(under: UnderTest) -> None:
         first = under.client.generate(token_ids=[1] * 480, max_tokens=5)

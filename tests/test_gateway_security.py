@@ -392,8 +392,11 @@ def test_metrics_know_tenants(keys: Keys) -> None:
     keys.add("globex")
 
     async def body(under: UnderTest) -> None:
-        await under.client.generate(token_ids=[1] * 4, max_tokens=6).complete()
-        await refused(under.client.generate(token_ids=[1], n=2).complete())
+        running = under.client.generate(token_ids=[1] * 4, max_tokens=6)
+        await under.until(lambda engine: len(engine.submits()) == 1)
+        await refused(under.client.generate(token_ids=[1]).complete())
+        under.engine.step(20)
+        await running.complete()
         page = MetricsPage(under.supervisor)
         expected = {
             'drift_tenant_requests_total{tenant="acme"} 1.0',
@@ -408,7 +411,7 @@ def test_metrics_know_tenants(keys: Keys) -> None:
                 0.01
             )  # the server ends the request a moment after the client has its last event
 
-    run_with_gateway(body, security=keys.security(), token=token)
+    run_with_gateway(body, security=keys.security(), token=token, paused=True)
 
 
 def test_outputs_in_flight(keys: Keys) -> None:
@@ -427,7 +430,8 @@ def test_outputs_in_flight(keys: Keys) -> None:
         while usage.in_flight:
             await asyncio.sleep(0.001)
         error = await refused(under.client.generate(token_ids=[1], n=4, max_tokens=2).complete())
-        assert error.reason == "RATE_LIMITED"
+        assert (error.reason, error.retry_after) == ("INVALID_FIELD", None), "waiting would never help"
+        assert error.fields == {"sampling.n": "4 outputs at a time are more than tenant 'acme' may have, 3"}
         under.engine.step(20)
         await under.client.generate(token_ids=[1], n=3, max_tokens=2).completions()
 

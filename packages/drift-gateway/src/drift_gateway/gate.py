@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Final
 
-from drift_gateway.refusal import Reason, Refusal
+from drift_gateway.refusal import Reason, Refusal, invalid
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.workload_ahead import Forecast, Newcomer, WorkloadAhead
 from drift_scheduler.domain import SLO
@@ -129,6 +129,10 @@ class Gate:
     def _check_room(self, newcomer: Newcomer, in_flight: int, now: float) -> None:
         """Raises Refusal when one of the bounds is reached."""
         ahead, limits, outputs = self._ahead, self.limits, newcomer.outputs
+        if outputs > (most := min(limits.max_in_flight, limits.queue)):
+            raise invalid(
+                "sampling.n", f"{outputs} outputs at a time are more than the {most} ever let in here"
+            )
         if in_flight + outputs > limits.max_in_flight:
             raise Refusal(
                 Reason.QUEUE_FULL,

@@ -33,7 +33,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
-from drift_gateway.refusal import Reason, Refusal
+from drift_gateway.refusal import Reason, Refusal, invalid
 from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.gateway")
@@ -145,8 +145,12 @@ class Tenant:
             self._requests, self._tokens = _buckets(limits)
 
     def check(self, now: float, outputs: int = 1) -> None:
-        """Raises Refusal (RATE_LIMITED) when a request of so many outputs is too much now. Takes nothing."""
+        """Raises Refusal: RATE_LIMITED when a request of so many outputs is too much now, INVALID_FIELD when it always
+        is. Takes nothing."""
         limits, in_flight = self.limits, self.usage.in_flight + self.elsewhere.in_flight
+        if limits.max_in_flight is not None and outputs > limits.max_in_flight:
+            problem = f"{outputs} outputs at a time are more than tenant '{self.name}' may have, {limits.max_in_flight}"
+            raise invalid("sampling.n", problem)
         for bucket, option in ((self._requests, "requests-per-second"), (self._tokens, "tokens-per-second")):
             if bucket is not None and (wait := bucket.wait(now, 1.0)) > 0:
                 raise self._refuse(f"more than {bucket.rate:g} {option.replace('-', ' ')}", option, wait)
