@@ -193,6 +193,16 @@ def test_a_frame_shows_everything_in_any_width(width: int) -> None:
     )
 
 
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_long_name_of_a_class_takes_no_room_from_its_numbers(width: int) -> None:
+    told = message()
+    setattr(told.classes[0], "class", "interactive-of-the-mobile-application-in-the-north-europe-region")
+    text = drawn(Readings().take(INFO, told), width=width)
+    line = next(line for line in text.splitlines() if line.startswith("inter"))
+    assert "0.90" in line
+    assert line.rstrip().endswith("1.50/s")
+
+
 def test_a_frame_without_a_server_says_so() -> None:
     assert "no answer: gone" in drawn(None, "gone")
     reading = Readings().take(INFO, message())

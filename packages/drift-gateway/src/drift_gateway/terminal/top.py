@@ -41,6 +41,8 @@ LABEL_WIDTH: Final = 9
 METRIC: Final = ("p50", "p99", "target", "kept")
 NARROW: Final = frozenset({"done", "p99", "target", "kept", "goodput"})
 WIDE: Final = 76
+NAME_WIDTH: Final = 20
+"""Of a class, whose name may be longer: what is beside it is what one looks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +285,7 @@ class _Classes:
             return
         wide = options.max_width >= WIDE
         table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-        table.add_column("last\nminute", overflow="ellipsis", no_wrap=True)
+        table.add_column("last\nminute", overflow="ellipsis", min_width=6, max_width=NAME_WIDTH)
         for group, headings in (("", ("done",)), ("TTFT s", METRIC), ("TBT ms", METRIC), ("", ("goodput",))):
             for place, heading in enumerate(headings):
                 if wide or heading in NARROW:
