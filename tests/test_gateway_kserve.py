@@ -218,6 +218,29 @@ def test_targets_go_in_and_the_proof_comes_out_as_parameters(tmp_path: Path) -> 
     run(body, ready=ready_in(tmp_path), script=say("some words"))
 
 
+def test_targets_may_say_what_to_do_when_they_cannot_be_met_and_none_is_ignored(tmp_path: Path) -> None:
+    async def refusal(triton: Triton, **parameters: str) -> tuple[grpc.StatusCode, str]:
+        request = asked("a long text", sampling_parameters={"max_tokens": 2})
+        request.parameters["drift_slo_ttft_ms"].double_param = 1e-3
+        for name, value in parameters.items():
+            request.parameters[name].string_param = value
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await triton.infer(request)
+        return raised.value.code(), raised.value.details() or ""
+
+    async def body(under: UnderTest, triton: Triton) -> None:
+        code, said = await refusal(triton, drift_slo_on_infeasible="reject")
+        assert (code, "its targets cannot be met now" in said) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+        for name in ("drift_slo_on_infeasible", "drift_slo_ttft"):
+            code, said = await refusal(triton, **{name: "perhaps"})
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert said.startswith(f"parameters.{name}: "), said
+        assert under.engine.submits() == []
+
+    ready = ready_in(tmp_path, prefill_seconds=[(100, 1.0), (1000, 10.0)])
+    run(body, ready=ready)
+
+
 def test_a_stream_tells_text_as_it_comes_and_which_response_is_the_last(tmp_path: Path) -> None:
     async def body(under: UnderTest, triton: Triton) -> None:
         request = asked(stream=True, return_finish_reason=True, return_num_output_tokens=True)

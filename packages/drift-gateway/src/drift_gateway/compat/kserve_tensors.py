@@ -39,8 +39,15 @@ TARGETS: Final = {
     "drift_slo_tbt_ms": "tbt_ms",
     "drift_slo_e2e_ms": "e2e_ms",
     "drift_slo_class": "class",
+    "drift_slo_on_infeasible": "on_infeasible",
 }
 """Parameters of a request that set its latency targets."""
+WAYS_OUT: Final = {
+    "best_effort": pb.ON_INFEASIBLE_BEST_EFFORT,
+    "reject": pb.ON_INFEASIBLE_REJECT,
+    "demote": pb.ON_INFEASIBLE_DEMOTE,
+}
+"""What to do with a request whose targets cannot be met, as `drift_slo_on_infeasible` says it."""
 _RESERVED: Final = ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout")
 _LABEL_CHARACTERS: Final = 128
 
@@ -85,6 +92,8 @@ def _apply(request: kserve.ModelInferRequest, given: bytes | None, generation: p
             _target(generation.slo, name, getattr(parameter, choice) if choice else None)
         elif name == "priority":
             generation.priority = _whole(name, getattr(parameter, choice) if choice else 0)
+        elif name.startswith("drift_"):
+            raise invalid(f"parameters.{name}", f"is not known here; there are: {', '.join(TARGETS)}")
         elif name not in _RESERVED and not name.startswith("triton_") and choice:
             parameters[name] = getattr(parameter, choice)
     if given is not None:
@@ -95,6 +104,11 @@ def _apply(request: kserve.ModelInferRequest, given: bytes | None, generation: p
 
 
 def _target(slo: pb.SLO, name: str, value: object) -> None:
+    if TARGETS[name] == "on_infeasible":
+        if value not in WAYS_OUT:
+            raise invalid(f"parameters.{name}", f"{value!a} is none of {', '.join(WAYS_OUT)}")
+        slo.on_infeasible = WAYS_OUT[str(value)]
+        return
     try:
         setattr(slo, TARGETS[name], float(value) if isinstance(value, int) else value)
     except TypeError as error:
