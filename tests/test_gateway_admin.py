@@ -265,6 +265,16 @@ def test_drift_admin_makes_each_call(tmp_path: Path) -> None:
             assert (status, output.count("\n")) == (2, 1), line
             assert problem in output
         await port.close()
+        for line, problem in (
+            (
+                f"resume --target {under.target}",
+                "serves no AdminService, which has a port of its own; give --target",
+            ),
+            ("resume --target 127.0.0.1:1", "127.0.0.1:1: no answer (Connection refused); give --target"),
+        ):
+            result = await asyncio.to_thread(CliRunner().invoke, admin_command, line.split())
+            assert (result.exit_code, result.output.count("\n")) == (2, 1), line
+            assert problem in result.output
 
     run_with_gateway(body)
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from drift_gateway.commands.entry import entry
 from drift_gateway.connection import Connection, connection_options
 from drift_scheduler.errors import DriftError
+
+if TYPE_CHECKING:
+    from drift_gateway.client import RequestError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,7 +60,22 @@ def _call(connection: Connection, method: str, request: Any) -> Any:
         try:
             return getattr(stub, method)(request)
         except grpc.RpcError as error:
-            raise error_of(error) from error
+            raise _explained(error_of(error), connection.target) from error
+
+
+def _explained(error: RequestError, target: str) -> DriftError:
+    """The error with what the operator can do about it, where the server itself could not say so."""
+    import grpc
+
+    cure = "give --target the address that `drift serve` got with --admin"
+    match error.code:
+        case grpc.StatusCode.UNAVAILABLE if error.reason is None:
+            return DriftError(f"{target}: no answer ({str(error).rpartition(': ')[2]}); {cure}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return DriftError(f"{target} serves no AdminService, which has a port of its own; {cure}")
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return DriftError(f"{error}; see --token")
+    return error
 
 
 @_command(admin, "drain")
