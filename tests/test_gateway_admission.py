@@ -74,6 +74,21 @@ def test_the_whole_has_its_target_too() -> None:
     run_with_gateway(body)
 
 
+def test_the_first_request_of_all_knows_that_tokens_will_not_come_so_fast() -> None:
+    async def body(under: UnderTest) -> None:
+        hasty = api.SLO(tbt=0.01, on_infeasible="reject")
+        with pytest.raises(api.Overloaded, match=r"20.0 ms apart, the target is 10 ms") as raised:
+            await under.client.generate(token_ids=[1], slo=hasty, max_tokens=5).complete()
+        assert raised.value.reason == "SLO_INFEASIBLE"
+        slow_enough = api.SLO(tbt=0.05, on_infeasible="reject")
+        await under.client.generate(token_ids=[1], slo=slow_enough, max_tokens=5).complete()
+
+    ready = msgspec.structs.replace(
+        READY, prefill_seconds=[(100, 0.01)], decode_seconds=[(1, 0.02), (8, 0.02)]
+    )
+    run_with_gateway(body, ready=ready)
+
+
 def test_best_effort_is_served_whatever_is_predicted() -> None:
     async def body(under: UnderTest) -> None:
         for slo in (None, api.SLO(ttft=0.5), api.SLO(ttft=0.5, on_infeasible="best_effort")):

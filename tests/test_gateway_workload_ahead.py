@@ -92,6 +92,22 @@ def test_the_pace_of_prefill_is_learned_whatever_the_cost_model_said() -> None:
     assert 0.08 < short < 0.25
 
 
+def test_the_gap_is_the_cost_models_until_steps_were_seen() -> None:
+    ahead = WorkloadAhead()
+    ahead.engine(
+        total_pages=1000, page_tokens=10, max_running=64,
+        prefill_seconds=RATE, decode_seconds=((1, 0.021), (8, 0.028), (64, 0.084)),
+    )  # fmt: skip
+    assert ahead.forecast(Newcomer(10, 10), 0.0).gap == pytest.approx(0.021)
+    assert ahead.forecast(Newcomer(10, 10, outputs=16), 0.0).gap == pytest.approx(0.036)
+    assert not ahead.crowds_out(Newcomer(10, 10)), (
+        "nobody is turned away for others' sake before steps were seen"
+    )
+    now = running(ahead, 1, expected=1000, gap=0.005)
+    ahead.remove("r0")
+    assert ahead.forecast(Newcomer(10, 10), now).gap == pytest.approx(0.005, rel=0.1)
+
+
 def running(ahead: WorkloadAhead, count: int, *, expected: int, gap: float, tbt: float = inf) -> float:
     """So many decode, each of `expected` tokens; their first came at 0. Steps until now, which is returned."""
     for number in range(30):

@@ -19,7 +19,16 @@ import msgspec
 
 from drift_core.frames import Ready, Submit
 from drift_core.sampling_params import SamplingParams, Structured
-from drift_scheduler.domain import SLO, Event, FinishReason, PrefillShape, Request, RequestCancelled, Step
+from drift_scheduler.domain import (
+    SLO,
+    DecodeShape,
+    Event,
+    FinishReason,
+    PrefillShape,
+    Request,
+    RequestCancelled,
+    Step,
+)
 from drift_scheduler.errors import DriftError
 from drift_scheduler.loop import serve
 from drift_scheduler.protocols import Executor, KvPool
@@ -209,6 +218,7 @@ class Engine:
             slo_tbt=config.slo_tbt,
             eos_token_ids=list(self.model.eos_token_ids),
             prefill_seconds=self._prefill_seconds(),
+            decode_seconds=self._decode_seconds(),
         )
 
     def _prefill_seconds(self) -> list[tuple[int, float]]:
@@ -216,6 +226,12 @@ class Engine:
         units, costs, longest = self.executor.device.total_units, self.scheduler.costs, self.max_context
         lengths = sorted({min(length, longest) for length in (64, 512, 4096)})
         return [(length, float(costs.prefill(PrefillShape.of([(length, 0)]), units))) for length in lengths]
+
+    def _decode_seconds(self) -> list[tuple[int, float]]:
+        """What the cost model expects of decode steps over a few numbers of requests, alone on the whole device."""
+        units, costs, most = self.executor.device.total_units, self.scheduler.costs, self.config.max_running
+        batches = sorted({min(batch, most) for batch in (1, 8, 64)})
+        return [(batch, float(costs.decode(DecodeShape(batch, batch * 64), units))) for batch in batches]
 
     def submit(self, submission: Submit, refused: Callable[[DriftError], None] | None = None) -> None:
         """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take.

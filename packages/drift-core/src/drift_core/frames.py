@@ -134,7 +134,8 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """The engine takes requests from now on. `directory`: where model and tokenizer were read from.
 
     `menu`: the partitions (prefill units, decode units). `kv_tokens`: positions the KV pool holds in all.
-    `prefill_seconds`: what its cost model expects of prompts of some numbers of tokens, alone on the whole device.
+    `prefill_seconds`: what its cost model expects of prompts of some numbers of tokens, alone on the whole device;
+    `decode_seconds`: of decode steps over some numbers of short requests, likewise.
     """
 
     model: str
@@ -157,6 +158,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     slo_tbt: float
     eos_token_ids: list[int] = []
     prefill_seconds: list[tuple[int, float]] = []
+    decode_seconds: list[tuple[int, float]] = []
 
 
 class AcceptedItem(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -226,6 +226,7 @@ class Supervisor:
             page_tokens=facts.page_tokens,
             max_running=facts.max_running,
             prefill_seconds=facts.prefill_seconds,
+            decode_seconds=facts.decode_seconds,
         )
         self.served = self.last_ready = Served(facts, client, tokenizer)
         self._ready_since = time.monotonic()

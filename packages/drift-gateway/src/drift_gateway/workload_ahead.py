@@ -186,8 +186,10 @@ class WorkloadAhead:
         page_tokens: int,
         max_running: int,
         prefill_seconds: Sequence[tuple[float, float]] = (),
+        decode_seconds: Sequence[tuple[float, float]] = (),
     ) -> None:
-        """A new engine, with nothing in it. `prefill_seconds`: of some numbers of tokens, by its cost model."""
+        """A new engine, with nothing in it. By its cost model, `prefill_seconds` of some numbers of tokens, and
+        `decode_seconds` of steps over some numbers of requests."""
         self.total_pages, self.page_tokens, self.max_running = total_pages, page_tokens, max_running
         self.queued.clear()
         self._waiting.clear()
@@ -200,6 +202,7 @@ class WorkloadAhead:
         self.load = self._last = None
         if prefill_seconds and not self._rates.prefill.known:
             self._rates.prefill = Line(MEMORY_PREFILLS, prefill_seconds)
+        self._expected_steps = Line(MEMORY_STEPS, decode_seconds)
 
     def add(
         self, output_ids: Iterable[str], newcomer: Newcomer, now: float, forecast: Forecast = Forecast()
@@ -400,6 +403,9 @@ class WorkloadAhead:
         ttft = max(ahead_tokens / rate, wait, self._told(newcomer)) + fixed + slope * own
         batch = min(len(self._decoding) + ahead_count + newcomer.outputs, self.max_running)
         gap = self._step_seconds(batch)
+        if gap is None and self._rates.steps.seen < STEPS_TO_TRUST and self._expected_steps.known:
+            fixed, slope, _ = self._expected_steps.fit()  # the cost model's word, until there is better
+            gap = fixed + slope * batch
         usual = self._rates.gap.value
         e2e = None
         if usual is not None:
