@@ -92,6 +92,11 @@ def test_tls_and_a_token(ours: Authority, theirs: Authority, tmp_path: Path) -> 
         for wrong in (None, Tls(theirs.ca), Tls(ours.ca, server_name="elsewhere.example")):
             error = await answer(under.target, wrong, token)
             assert isinstance(error, api.Unavailable), error
+            if wrong is None:
+                line = api.unanswered(under.target, str(error))
+                assert line.endswith("closed at once; where a server speaks TLS, give --tls-ca or --tls"), (
+                    line
+                )
         nobody = await answer(under.target, Tls(ours.ca))
         assert isinstance(nobody, api.NotAuthenticated)
 

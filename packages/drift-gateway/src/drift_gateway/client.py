@@ -489,7 +489,9 @@ def connection_to(target: str | Connection, token: str | None, tls: Tls | None) 
 
 def unanswered(target: str, why: str) -> str:
     """A line for people on a server that did not answer, and what to do."""
-    if "failed to connect" in why.lower():
+    if "failed to connect" in why.lower() and why.lower().endswith("socket closed"):
+        why = "the connection was closed at once; where a server speaks TLS, give --tls-ca or --tls"
+    elif "failed to connect" in why.lower():
         why = f"nobody answers ({why.rpartition(': ')[2].lower()}); start a server with `drift serve --listen {target}`"
     return f"{target}: {why}"
 
