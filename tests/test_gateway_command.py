@@ -194,6 +194,18 @@ def server(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
+@pytest.mark.parametrize("option", ["--listen", "--http", "--admin"])
+def test_a_port_in_use_is_said_with_the_option_that_named_it(option: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        free = () if option == "--listen" else ("--listen", "127.0.0.1:0")
+        status, output = serve(*free, option, f"127.0.0.1:{port}")
+    assert status == 2
+    assert output.strip().endswith(f"in use; stop what listens there or give another {option}")
+
+
 def test_a_port_in_use_is_one_line_and_exit_code_2_before_any_engine_starts() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

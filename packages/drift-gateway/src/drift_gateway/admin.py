@@ -260,7 +260,7 @@ def check_admin_address(address: Address) -> None:
     where = str(found[0][4][0]).partition("%")[0]
     if not ipaddress.ip_address(where).is_loopback:
         raise DriftError(f"administration is for this machine alone, not on {address}; give 127.0.0.1:PORT")
-    check_address(address, insecure_bind=False)
+    check_address(address, insecure_bind=False, option="--admin")
 
 
 def check_traces(folder: str | None) -> Path | None:

@@ -89,10 +89,12 @@ def parse_address(text: str) -> Address:
     return Address(host, int(port))
 
 
-def check_address(address: Address, insecure_bind: bool, security: SecurityOptions | None = None) -> None:
+def check_address(
+    address: Address, insecure_bind: bool, security: SecurityOptions | None = None, option: str = "--listen"
+) -> None:
     """Raises DriftError, saying why, when a server so secured may not or could not listen there.
 
-    `security` is `None` for a port that can have none.
+    `security` is `None` for a port that can have none. `option`: the one that gave the address.
     """
     try:
         found = socket.getaddrinfo(
@@ -119,7 +121,7 @@ def check_address(address: Address, insecure_bind: bool, security: SecurityOptio
             probe.bind(where)
             probe.listen(1)
         except OSError as error:
-            raise DriftError(_why_not(address, error)) from error
+            raise DriftError(_why_not(address, error, option)) from error
 
 
 def reserve_port(address: Address) -> tuple[socket.socket, Address]:
@@ -145,9 +147,9 @@ def reserve_port(address: Address) -> tuple[socket.socket, Address]:
     return held, Address(address.host, int(held.getsockname()[1]))
 
 
-def _why_not(address: Address, error: OSError) -> str:
+def _why_not(address: Address, error: OSError, option: str = "--listen") -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {address.port} on {address.host} is in use; stop what listens there or give another --listen"
+        return f"port {address.port} on {address.host} is in use; stop what listens there or give another {option}"
     return f"cannot listen on {address}: {error.strerror or error}"
 
 

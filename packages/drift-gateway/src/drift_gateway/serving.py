@@ -52,7 +52,7 @@ def serve(options: ServeOptions, console: Console) -> int:
     check_address(options.address, options.insecure_bind, options.security)
     security = Security(options.security)
     if options.http is not None:
-        check_address(options.http, options.insecure_bind)
+        check_address(options.http, options.insecure_bind, option="--http")
     if options.operations.admin is not None:
         check_admin_address(options.operations.admin)
     handler = RichHandler(console=console, show_path=False, show_time=False)
