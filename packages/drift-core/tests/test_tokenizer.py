@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,30 @@ def test_a_template_that_does_not_parse_is_an_error(directory):
 def test_lone_surrogates_are_an_error(directory):
     with pytest.raises(TokenizerError, match="cannot be encoded"):
         Tokenizer.load(directory).encode("a\ud800b")
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_other_threads_go_on_while_a_long_text_is_worked_on(directory, what):
+    tokenizer = Tokenizer.load(directory)
+    text = "hello there, world " * 30_000
+    ids = tokenizer.encode(text)
+    done, looks = threading.Event(), [time.perf_counter()]
+
+    def work() -> None:
+        if what == "encode":
+            assert tokenizer.encode(text) == ids
+        else:
+            assert tokenizer.decode(ids) == text
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.001):
+        looks.append(time.perf_counter())
+    looks.append(time.perf_counter())
+    thread.join()
+    longest = max(after - before for before, after in pairwise(looks))
+    assert longest < 0.6 * (looks[-1] - looks[0]), "it would be all of the time"
 
 
 def test_unknown_ids_have_no_text(directory):
