@@ -79,6 +79,7 @@ WRONG = {
     "sampling.frequency_penalty": sampling(frequency_penalty=math.nan),
     "sampling.repetition_penalty": sampling(repetition_penalty=0.0),
     "sampling.logit_bias": sampling(logit_bias={300: 1.0}),
+    "sampling.logit_bias ": sampling(logit_bias=dict.fromkeys(range(301), 1.0)),
     "sampling.logit_bias[3]": sampling(logit_bias={3: 101.0}),
     "sampling.logprobs": sampling(logprobs=21),
     "stopping.max_tokens": stopping(max_tokens=0),

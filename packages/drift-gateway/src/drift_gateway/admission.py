@@ -16,7 +16,14 @@ import msgspec
 from google.protobuf.message import Message
 
 from drift_core.frames import Ready, Submit
-from drift_core.sampling_params import SamplingError, SamplingParams, Structured
+from drift_core.sampling_params import (
+    MAX_LOGIT_BIAS_ENTRIES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingError,
+    SamplingParams,
+    Structured,
+)
 from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call
 from drift_gateway.forms import FORMS
@@ -137,6 +144,7 @@ class Checked:
 
 def check(request: pb.GenerateRequest, ready: Ready) -> Checked:
     """Look at all that takes no tokenizer. Raises Refusal with a line that names the field."""
+    _check_counts(request)
     if request.HasField("model") and request.model != ready.model:
         raise not_served(request.model, ready)
     checked = Checked(
@@ -240,9 +248,19 @@ def _slo(asked: pb.SLO, ready: Ready) -> SLO:
     return SLO(ready.slo_ttft if ttft is None else ttft, ready.slo_tbt if tbt is None else tbt, e2e, name)
 
 
+def _check_counts(request: pb.GenerateRequest) -> None:
+    """Before anything is copied: a message has room for a million of each, and all streams wait meanwhile."""
+    for field, found, most in (
+        ("labels", request.labels, MAX_LABELS),
+        ("sampling.logit_bias", request.sampling.logit_bias, MAX_LOGIT_BIAS_ENTRIES),
+        ("stopping.stop", request.stopping.stop, MAX_STOP_STRINGS),
+        ("stopping.stop_token_ids", request.stopping.stop_token_ids, MAX_STOP_TOKEN_IDS),
+    ):
+        if len(found) > most:
+            raise invalid(field, f"{len(found)} are more than {most}")
+
+
 def _check_labels(labels: Mapping[str, str]) -> None:
-    if len(labels) > MAX_LABELS:
-        raise invalid("labels", f"{len(labels)} labels are more than {MAX_LABELS}")
     for name, value in labels.items():
         if not name or max(len(name), len(value)) > MAX_LABEL_CHARACTERS:
             raise invalid(

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from drift_core.link import EngineGone
@@ -51,7 +52,7 @@ class RequestRecord:
     @classmethod
     def begin(cls, request: pb.GenerateRequest, call: Call) -> RequestRecord:
         """Of a request that nobody has looked at yet: everything is cut to a length that can be told."""
-        labels = list(request.labels.items())[:MAX_TOLD]
+        labels = islice(request.labels.items(), MAX_TOLD)
         return cls(
             call=call,
             tenant=current_tenant().name,
