@@ -52,7 +52,7 @@ def pair(options: argparse.Namespace, step_ms: float) -> dict[str, Any]:
     """One run of each at the same load."""
     ours = _run(start_fed_gateway(step_ms, options.streams), options)
     bare = _run(start_echo(step_ms, ours["tokens_per_message"]), options)
-    ready = _run(start_echo(0.0, ours["tokens_per_message"]), options)
+    ready = _run(start_echo(step_ms, ours["tokens_per_message"], ready=True), options)
     tell(f"a step every {step_ms:g} ms", ours, bare)
     return {
         "step_ms": step_ms,

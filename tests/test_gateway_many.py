@@ -77,7 +77,11 @@ class Service:
 
     def gateway_pid(self, number: int) -> int:
         """Of one of the gateway processes."""
-        (pid,) = [pid for pid, words in children(self.process.pid).items() if words[3:4] == [str(number)]]
+        (pid,) = [
+            pid
+            for pid, words in children(self.process.pid).items()
+            if "drift_gateway.fleet_member" in words and str(number) in words
+        ]
         return pid
 
     def engine_pid(self) -> int:

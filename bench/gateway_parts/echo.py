@@ -1,7 +1,8 @@
 """A bare grpc.aio server that streams messages of the gateway's shape and does nothing else.
 
 Tokens come a step apart, one per stream, as the simulated engine's do; every `hold` steps a stream gets a message with
-those that came. No engine, no detokenising, no admission, no checks: what gRPC and Python cost by themselves.
+those that came. With `--ready` it waits for none of them, and the messages are the same. No engine, no detokenising,
+no admission, no checks: what gRPC and Python cost by themselves.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ TEXT = " token"
 class Echo(generation_pb2_grpc.GenerationServiceServicer):
     """Answers every request with `max_tokens` tokens."""
 
-    def __init__(self, step_seconds: float, hold: float) -> None:
+    def __init__(self, step_seconds: float, hold: float, ready: bool) -> None:
         self._step = step_seconds
         self._hold = hold
+        self._ready = ready
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         arrival = time.monotonic()
@@ -38,7 +40,7 @@ class Echo(generation_pb2_grpc.GenerationServiceServicer):
         left, sequence, sent, due = request.stopping.max_tokens, 0, 0, self._hold
         while left:
             count = min(left, max(1, int(due) - sent))
-            if self._step:
+            if not self._ready:
                 await asyncio.sleep(max(0.0, arrival + (sent + count) * self._step - time.monotonic()))
                 # What came meanwhile goes along, as it does in the gateway.
                 count = min(left, max(count, int((time.monotonic() - arrival) / self._step) - sent))
@@ -56,10 +58,10 @@ class Echo(generation_pb2_grpc.GenerationServiceServicer):
         await context.write(pb.GenerateResponse(finished=finished))
 
 
-async def serve(step_seconds: float, hold: float) -> None:
+async def serve(step_seconds: float, hold: float, ready: bool) -> None:
     """Say the port on standard output and serve until ended."""
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Echo(step_seconds, hold), server)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Echo(step_seconds, hold, ready), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"port {port}", flush=True)
@@ -70,8 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--hold", type=float, default=1.0, help="steps per message")
+    parser.add_argument("--ready", action="store_true", help="all tokens are there from the beginning")
     options = parser.parse_args()
-    uvloop.run(serve(options.step_ms / 1e3, options.hold))
+    uvloop.run(serve(options.step_ms / 1e3, options.hold, options.ready))
 
 
 if __name__ == "__main__":

@@ -65,9 +65,10 @@ def start_fed_gateway(step_ms: float, max_running: int) -> Server:
     return server
 
 
-def start_echo(step_ms: float, hold: float) -> Server:
+def start_echo(step_ms: float, hold: float, ready: bool = False) -> Server:
     """The bare echo, see `gateway_parts.echo`."""
     command = [sys.executable, "-m", "gateway_parts.echo", "--step-ms", str(step_ms), "--hold", str(hold)]
+    command += ["--ready"] if ready else []
     return _started(command, r"port (\d+)")
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from drift_core import progress
 from drift_core import submission as module
 from drift_core.frames import TokenLogprob
-from drift_core.submission import Columns, Progress, Stretch, Submission, Turns
+from drift_core.progress import Block, Columns, Progress
+from drift_core.submission import Submission, Turns
 from drift_scheduler.errors import DriftError
 
 Forgotten = list[tuple[str, bool]]
@@ -389,8 +391,9 @@ def test_requests_come_and_go_and_each_has_its_own_tokens_in_order(
     monkeypatch: pytest.MonkeyPatch, rows: int, shared: int
 ) -> None:
     """Read at odd times, by either way; each token says whose it is and of which step."""
-    monkeypatch.setattr(module, "MAX_ROWS", rows)
-    monkeypatch.setattr(module, "SHARED_ROWS", shared)
+    monkeypatch.setattr(progress, "MAX_ROWS", rows)
+    monkeypatch.setattr(progress, "LATE_ROWS", 3 * rows)
+    monkeypatch.setattr(progress, "SHARED_ROWS", shared)
     chance = random.Random(rows)
     requests = {str(number): Progress(str(number)) for number in range(9)}
     columns = Columns(requests.get)
@@ -430,7 +433,7 @@ def test_requests_come_and_go_and_each_has_its_own_tokens_in_order(
 
 
 def test_times_that_are_all_members_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ROWS", 32)
+    monkeypatch.setattr(progress, "MAX_ROWS", 32)
     a, b = Progress("a"), Progress("b")
     columns = columns_of(a, b)
     a.add(0, -1.0)
@@ -469,12 +472,13 @@ def test_a_request_that_is_there_twice_is_none_for_columns() -> None:
 
 
 def test_columns_keep_few_rows_however_late_a_member_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_ROWS", 4)
+    monkeypatch.setattr(progress, "MAX_ROWS", 4)
+    monkeypatch.setattr(progress, "LATE_ROWS", 4)
     late, prompt = Progress("late"), Progress("prompt")
     columns = columns_of(late, prompt)
     ids = ["late", "prompt"]
     taken: list[int] = []
-    rows: list[weakref.ref[Stretch]] = []
+    rows: list[weakref.ref[Block]] = []
     for step in range(20):
         columns.add(ids, [step, -step], float(step))
         rows.append(weakref.ref(columns._latest))
@@ -512,7 +516,7 @@ class Steps:
     def step(self) -> None:
         self.now += self.interval
         self.columns.add([self.request.id], [7], self.now)
-        self.turns.look()
+        self.turns.look(self.now)
         self.turns.step_is(self.now)
         self.turns.give()
 

@@ -41,7 +41,8 @@ from drift_core.frames import (
     decode_to_engine,
     encode_frame,
 )
-from drift_core.submission import Columns, Progress, Submission, Turns
+from drift_core.progress import Columns, Progress
+from drift_core.submission import Submission, Turns
 from drift_scheduler.errors import DriftError
 
 __all__ = ["EngineClient", "EngineFailed", "EngineGone", "EngineLink", "Progress", "Submission"]
@@ -406,7 +407,7 @@ class EngineClient:
             for request_id in item.logprobs:
                 if (found := self._in_flight.get(request_id)) is not None:
                     self._add_logprob(found[0], item)
-        self._turns.look()
+        self._turns.look(now)
         self._items += 1
         if self._items % ITEMS_PER_LOOK == 0:
             for submission in {id(found[1]): found[1] for found in self._in_flight.values()}.values():

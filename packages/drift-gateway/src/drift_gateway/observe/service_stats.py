@@ -34,6 +34,8 @@ SHORTEST_S: Final = 1e-5
 PER_OCTAVE: Final = 10
 OCTAVES: Final = 33
 BUCKETS: Final = PER_OCTAVE * OCTAVES
+BUCKET_BOUNDS: Final = SHORTEST_S * 2.0 ** (np.arange(1, BUCKETS) / PER_OCTAVE)
+"""Seconds where each bucket but the first begins."""
 """Quantiles of the last minute come from these: from 10 us to a day, within 3.6% of the true value."""
 
 SECONDS_BOUNDS: Final = (
@@ -396,7 +398,7 @@ class _Window:
             octaves = math.log2(max(ended.first_token - ended.arrival, SHORTEST_S) / SHORTEST_S)
             slot.ttft[min(int(octaves * PER_OCTAVE), BUCKETS - 1)] += 1
         if len(gaps):
-            np.add.at(slot.tbt, _bucket(gaps), 1)
+            slot.tbt += _counts(gaps)
         self._targets = (_finite(targets[0]), _finite(targets[1]))
 
     def report(self, name: str, epoch: int, seconds: float) -> ClassReport | None:
@@ -422,9 +424,10 @@ class _Window:
         )
 
 
-def _bucket(seconds: Floats) -> npt.NDArray[np.int64]:
-    octaves = np.log2(np.maximum(seconds, SHORTEST_S) / SHORTEST_S)
-    return np.minimum((octaves * PER_OCTAVE).astype(np.int64), BUCKETS - 1)
+def _counts(ordered: Floats) -> npt.NDArray[np.uint32]:
+    """How many of these, which are in order of size, fall into each bucket."""
+    below = np.searchsorted(ordered, BUCKET_BOUNDS)
+    return np.diff(below, prepend=0, append=len(ordered)).astype(np.uint32)
 
 
 def _quantile(counts: npt.NDArray[np.uint64], fraction: float) -> float | None:
