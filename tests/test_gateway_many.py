@@ -77,11 +77,9 @@ class Service:
 
     def gateway_pid(self, number: int) -> int:
         """Of one of the gateway processes."""
-        (pid,) = [
-            pid
-            for pid, words in children(self.process.pid).items()
-            if "drift_gateway.fleet_member" in words and str(number) in words
-        ]
+        words_of = children(self.process.pid)
+        member = ["drift_gateway.fleet_member", "FD", str(number)]
+        (pid,) = [pid for pid, words in words_of.items() if words[3:4] + words[5:6] == member[::2]]
         return pid
 
     def engine_pid(self) -> int:
