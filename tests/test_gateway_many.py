@@ -77,9 +77,12 @@ class Service:
 
     def gateway_pid(self, number: int) -> int:
         """Of one of the gateway processes."""
-        words_of = children(self.process.pid)
-        member = ["drift_gateway.fleet_member", "FD", str(number)]
-        (pid,) = [pid for pid, words in words_of.items() if words[3:4] + words[5:6] == member[::2]]
+        member = "drift_gateway.fleet_member"
+        (pid,) = [
+            pid
+            for pid, words in children(self.process.pid).items()
+            if member in words and words[words.index(member) + 2] == str(number)
+        ]
         return pid
 
     def engine_pid(self) -> int:
