@@ -208,7 +208,7 @@ def test_an_internal_fault_is_opaque_and_has_an_id(
 
 def test_messages_and_metadata_have_caps() -> None:
     async def body(under: UnderTest) -> None:
-        code, _ = await status_of(under, pb.GenerateRequest(text="x" * (17 * 1024 * 1024)))
+        code, _ = await status_of(under, pb.GenerateRequest(text="x" * (6 * 1024 * 1024)))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         async with grpc.aio.insecure_channel(under.target) as channel:
             stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]

@@ -474,8 +474,12 @@ def test_a_header_that_is_too_large(keys: Keys) -> None:
 
 def test_a_message_that_is_too_large() -> None:
     async def body(under: UnderTest) -> None:
-        error = await refused(under.client.generate("x" * (17 << 20)).complete())
+        error = await refused(under.client.generate("x" * (6 << 20)).complete())
         assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert error.reason is None  # gRPC's own refusal: the service never sees it
+        error = await refused(under.client.generate(token_ids=[200_000] * 1_000_000).complete())
+        assert error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED  # a million ids are read, and then refused
+        assert error.reason is not None
         await under.client.generate(token_ids=[1], max_tokens=2).complete()
 
     run_with_gateway(body)
