@@ -16,6 +16,8 @@ from gateway_under_test import UnderTest, ready_in, run_with_gateway
 from drift_core.frames import Ready
 from drift_gateway import client as api
 from drift_gateway import prompts
+from drift_gateway.admission import check
+from drift_gateway.calls import Call
 from drift_gateway.gate import DEMOTED_PRIORITY, GateLimits
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc, info_pb2
@@ -289,6 +291,22 @@ def test_pages_are_promised_only_so_many_times_over_and_given_back() -> None:
         await under.client.generate(token_ids=[1] * 480, max_tokens=5).complete()
 
     run_with_gateway(body, paused=True, limits=GateLimits(kv_promise=0.05))
+
+
+@pytest.mark.parametrize(
+    ("stopping", "least"),
+    [
+        (pb.Stopping(max_tokens=700), 0),
+        (pb.Stopping(max_tokens=700, min_tokens=300), 300),
+        (pb.Stopping(max_tokens=700, ignore_eos=True), 700),
+        (pb.Stopping(ignore_eos=True), 4095),
+        (pb.Stopping(max_tokens=700, ignore_eos=True, stop=["."]), 0),
+        (pb.Stopping(max_tokens=700, ignore_eos=True, stop_token_ids=[7], min_tokens=9), 9),
+    ],
+)
+def test_outputs_that_may_not_end_sooner_are_reckoned_with_as_long(stopping: pb.Stopping, least: int) -> None:
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), stopping=stopping)
+    assert check(request, READY).asked(Call(0.0)).newcomer().min_tokens == least
 
 
 def test_one_request_larger_than_all_that_is_promised_still_runs_alone() -> None:

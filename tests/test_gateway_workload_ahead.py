@@ -152,9 +152,26 @@ def test_a_demoted_one_is_behind_everyone() -> None:
 def test_pages_are_promised_for_what_outputs_usually_have() -> None:
     ahead = ledger()
     assert ahead.pages_of(Newcomer(100, 10_000)) == 10 + 26, "256 tokens, for want of better"
-    running(ahead, 1, expected=20, gap=0.1)
-    assert ahead.pages_of(Newcomer(100, 10_000)) == 10 + 2
+    for number in range(300):
+        ahead.step(StepFrame(0.0, finished=[FinishedItem(f"old{number}", "length", output_tokens=20)]))
+    assert ahead.pages_of(Newcomer(100, 10_000)) == 10 + 2 + 1, "rounded up"
     assert ahead.pages_of(Newcomer(100, 10, outputs=3)) == 3 * 11
+
+
+def test_one_short_answer_is_not_what_outputs_usually_have() -> None:
+    ahead = ledger()
+    ahead.step(StepFrame(0.0, finished=[FinishedItem("short", "stop", output_tokens=10)]))
+    assert ahead.pages_of(Newcomer(100, 10_000)) == 10 + 18, "a third of the way from 256 to 10"
+    for number in range(50):
+        ahead.step(StepFrame(0.0, finished=[FinishedItem(f"short{number}", "stop", output_tokens=10)]))
+    assert ahead.pages_of(Newcomer(100, 10_000)) == 10 + 2, "but fifty are"
+
+
+def test_an_output_that_may_not_end_sooner_is_expected_to_be_as_long() -> None:
+    ahead = ledger()
+    assert ahead.pages_of(Newcomer(100, 1000, min_tokens=900)) == 10 + 90
+    assert ahead.pages_of(Newcomer(100, 1000, min_tokens=1000)) == 10 + 100
+    assert ahead.pages_of(Newcomer(100, 20, min_tokens=0)) == 10 + 2
 
 
 def test_a_newcomer_that_pushes_a_kept_target_is_seen() -> None:

@@ -51,6 +51,7 @@ class Asked:
     """What the gate has to know of a request. `arrival` and `deadline` on the engine's clock.
 
     `prompt_tokens` is 1 while the prompt is not tokenised yet: then the answer may be a refusal too early by nothing.
+    `min_tokens`: outputs end no sooner, whatever is drawn.
     """
 
     slo: SLO
@@ -61,12 +62,15 @@ class Asked:
     prompt_tokens: int
     max_tokens: int
     outputs: int
+    min_tokens: int = 0
 
     def newcomer(self, demoted: bool = False) -> Newcomer:
         """As the ledger sees it."""
         priority = self.priority + DEMOTED_PRIORITY if demoted else self.priority
         tbt = inf if demoted else self.slo.tbt
-        return Newcomer(self.prompt_tokens, self.max_tokens, self.outputs, priority, tbt, self.slo.name)
+        return Newcomer(
+            self.prompt_tokens, self.max_tokens, self.outputs, priority, tbt, self.slo.name, self.min_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ MEMORY_S: Final = 20.0
 """Seconds of decode over which the gap between tokens is forgotten."""
 MEMORY_PREFILLS: Final = 50.0
 PRIOR_WEIGHT: Final = 2.0
-"""Observations that a point of the engine's own cost model counts as."""
+"""Observations that a point of the engine's own cost model counts as, or what is assumed of the length of outputs."""
 PRIOR_OUTPUT_TOKENS: Final = 256.0
 MEMORY_OUTPUTS: Final = 50.0
 MEMORY_STEPS: Final = 500.0
@@ -43,7 +43,8 @@ NO_OTHERS: Final = Others()
 class Newcomer:
     """A request that asks to be let in: `outputs` of `prompt_tokens`, each of at most `max_tokens`.
 
-    Lower `priority` goes first, among equals who came first. `tbt`: its target, `inf` for none.
+    Lower `priority` goes first, among equals who came first. `tbt`: its target, `inf` for none. `min_tokens`: each
+    has at least so many.
     """
 
     prompt_tokens: int
@@ -52,6 +53,7 @@ class Newcomer:
     priority: int = 0
     tbt: float = inf
     slo_class: str = "default"
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,9 @@ class _Rates:
 
     prefill: Line = field(default_factory=lambda: Line(MEMORY_PREFILLS))  # seconds by tokens
     gap: _Decayed = field(default_factory=_Decayed)  # seconds over steps
-    output: _Decayed = field(default_factory=_Decayed)  # tokens over outputs
+    output: _Decayed = field(  # tokens over outputs
+        default_factory=lambda: _Decayed(PRIOR_WEIGHT * PRIOR_OUTPUT_TOKENS, PRIOR_WEIGHT)
+    )
     cached: _Decayed = field(default_factory=_Decayed)  # prompt tokens found in the cache over all of them
     steps: Line = field(default_factory=lambda: Line(MEMORY_STEPS))  # seconds by batch
     caution: float = FIRST_CAUTION
@@ -208,7 +212,7 @@ class WorkloadAhead:
         self, output_ids: Iterable[str], newcomer: Newcomer, now: float, forecast: Forecast = Forecast()
     ) -> None:
         """A request's outputs go to the engine."""
-        expected = self._expected(newcomer.max_tokens)
+        expected = self._expected(newcomer)
         pages = self._pages(newcomer.prompt_tokens + expected)
         prompt_pages = self._pages(newcomer.prompt_tokens + 1)
         if not self._waiting:
@@ -389,7 +393,7 @@ class WorkloadAhead:
 
     def pages_of(self, newcomer: Newcomer) -> int:
         """Pages that the newcomer is expected to need at its end."""
-        return newcomer.outputs * self._pages(newcomer.prompt_tokens + self._expected(newcomer.max_tokens))
+        return newcomer.outputs * self._pages(newcomer.prompt_tokens + self._expected(newcomer))
 
     def forecast(self, newcomer: Newcomer, now: float) -> Forecast:
         """What the newcomer may expect if it is let in now."""
@@ -409,7 +413,7 @@ class WorkloadAhead:
         usual = self._rates.gap.value
         e2e = None
         if usual is not None:
-            e2e = ttft + (self._expected(newcomer.max_tokens) - 1) * max(usual, gap or 0.0)
+            e2e = ttft + (self._expected(newcomer) - 1) * max(usual, gap or 0.0)
         return Forecast(ttft, gap, e2e)
 
     def crowds_out(self, newcomer: Newcomer) -> bool:
@@ -439,10 +443,10 @@ class WorkloadAhead:
     def _pages(self, tokens: float) -> int:
         return -(-ceil(tokens) // self.page_tokens)
 
-    def _expected(self, max_tokens: int) -> float:
+    def _expected(self, newcomer: Newcomer) -> float:
         """Tokens that an output will probably have."""
-        usual = self._rates.output.value
-        return max(1.0, min(float(max_tokens), PRIOR_OUTPUT_TOKENS if usual is None else usual))
+        usual = self._rates.output.value or PRIOR_OUTPUT_TOKENS
+        return max(1.0, min(float(newcomer.max_tokens), max(usual, newcomer.min_tokens)))
 
     def _uncomputed(self, newcomer: Newcomer) -> float:
         """Prompt tokens that the prefix cache will probably not have."""
