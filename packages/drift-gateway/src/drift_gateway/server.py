@@ -47,13 +47,15 @@ MAX_RECEIVED_BYTES: Final = 6 * 1024 * 1024
 a prompt of a million token ids has 3 to 5 MB."""
 MAX_SENT_BYTES: Final = 16 * 1024 * 1024
 """Tokenize answers a text of 4 Mi characters with more bytes than it was asked with."""
+MAX_METADATA_BYTES: Final = 16 * 1024
+"""Of one call, each entry with 32 bytes more. Between its two limits gRPC refuses by chance; this is both."""
 
 SERVER_OPTIONS: Final = (
     PORT_OF_ONE,
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     ("grpc.max_send_message_length", MAX_SENT_BYTES),
-    ("grpc.max_metadata_size", 16 * 1024),
-    ("grpc.absolute_max_metadata_size", 32 * 1024),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.max_concurrent_streams", 4096),
     # Peers that connect and say nothing hold a descriptor for so long, and those that call nothing for so long.
     ("grpc.server_handshake_timeout_ms", 10_000),
