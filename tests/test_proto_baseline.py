@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from drift_gateway.v1 import admin_pb2, generation_pb2, info_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
 BUF = shutil.which("buf", path=str(Path(sys.executable).parent)) or shutil.which("buf")
@@ -48,6 +51,27 @@ def edit(file: str, old: str, new: str) -> Callable[[Path], None]:
 def test_the_protos_are_clean() -> None:
     done = buf(ROOT, "lint")
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def asked_with(message: Descriptor, seen: set[str]) -> Iterator[FieldDescriptor]:
+    """All fields of a request, those of the messages in it included."""
+    if message.full_name in seen:
+        return
+    seen.add(message.full_name)
+    for field in message.fields:
+        yield field
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            yield from asked_with(field.message_type, seen)
+
+
+def test_what_a_request_does_not_say_differs_from_zero() -> None:
+    plain = set()
+    for file in (admin_pb2.DESCRIPTOR, generation_pb2.DESCRIPTOR, info_pb2.DESCRIPTOR):
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                fields = asked_with(method.input_type, set())
+                plain |= {f.full_name for f in fields if not f.is_repeated and not f.has_presence}
+    assert plain == {"drift.v1.ChatMessage.role", "drift.v1.ChatMessage.content"}
 
 
 @needs_buf

@@ -5,7 +5,11 @@ Drift's generation API: one request in, one stream of tokens out, with the laten
 and the proof of how they were kept.
 
 General rules, tested:
-  - Scalars are `optional`: a field that is absent takes the server's default, a field set to zero means zero.
+  - Every scalar of a request is `optional` or a member of a oneof: a field that is absent takes the server's default,
+    a field set to zero means zero. The two of ChatMessage alone are plain: there absent and empty are the same.
+  - In responses a scalar is `optional` where the server may not know it, or where it may not apply. The plain ones
+    (`queue_position`, `sequence`, `gateway_ms`, ...) are always filled: their zero, which is not sent, is a value and
+    never "unknown". Servers of every release fill them; what a later release adds is `optional`.
   - Durations end in _ms or _us and are counted from the moment the gateway received the request.
   - Fields and enum values are only ever added. Clients must ignore events and values they do not know.
   - Dropping the stream (cancel, disconnect, deadline) aborts the request and frees what it held.
