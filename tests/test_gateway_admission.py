@@ -44,18 +44,52 @@ async def accepted_of(generation: api.AsyncGeneration) -> api.Accepted:
 def test_a_request_that_may_be_rejected_is_when_its_targets_cannot_be_met() -> None:
     async def body(under: UnderTest) -> None:
         reject = api.SLO(ttft=5.0, name="chat", on_infeasible="reject")
-        with pytest.raises(api.Overloaded, match="target is 5 s") as raised:
-            await under.client.generate(token_ids=LONG, slo=reject).complete()
+        waiting = under.client.generate(token_ids=LONG, max_tokens=2)
+        await under.until(lambda engine: len(engine.submits()) == 1)
+        with pytest.raises(api.Overloaded, match=r"cannot be met now: .* target is 5 s") as raised:
+            await under.client.generate(token_ids=[1] * 10, slo=reject).complete()
         error = raised.value
         assert (error.reason, error.metadata["class"]) == ("SLO_INFEASIBLE", "chat")
-        assert float(error.metadata["predicted_ttft_ms"]) == pytest.approx(10_000, rel=0.05)
-        assert error.retry_after == pytest.approx(15.0, rel=0.1), "when the queue would be short enough"
-        assert under.engine.submits() == []
-        feasible = api.SLO(ttft=30.0, on_infeasible="reject")
-        done = await under.client.generate(token_ids=LONG, slo=feasible, max_tokens=2).complete()
-        assert done.timing.predicted_ttft == pytest.approx(10.0, rel=0.05)
+        assert float(error.metadata["predicted_ttft_ms"]) == pytest.approx(10_100, rel=0.05)
+        assert error.retry_after == pytest.approx(15.2, rel=0.1), "when the queue would be short enough"
+        assert len(under.engine.submits()) == 1
+        under.engine.step(2)
+        await waiting.complete()
+        under.engine.paused = False
+        feasible = api.SLO(ttft=1e3, on_infeasible="reject")
+        done = await under.client.generate(token_ids=[1] * 10, slo=feasible, max_tokens=2).complete()
+        assert done.timing.predicted_ttft is not None
 
-    run_with_gateway(body, ready=slow())
+    run_with_gateway(body, ready=slow(), paused=True)
+
+
+@pytest.mark.parametrize(
+    ("slo", "says"),
+    [
+        (
+            api.SLO(ttft=5.0, on_infeasible="reject"),
+            "first token is expected after 10.00 s, the target is 5 s",
+        ),
+        (api.SLO(ttft=99.0, tbt=0.01, on_infeasible="reject"), "20.0 ms apart, the target is 10 ms"),
+        (api.SLO(ttft=99.0, e2e=11.0, on_infeasible="reject"), "after 12.00 s, the target is 11 s"),
+    ],
+)
+def test_who_could_not_be_served_in_time_by_an_idle_server_is_not_told_to_come_back(
+    slo: api.SLO, says: str
+) -> None:
+    async def body(under: UnderTest) -> None:
+        for already in (0, 2):
+            await under.until(lambda engine, already=already: len(engine.submits()) == already)
+            with pytest.raises(
+                api.Overloaded, match="cannot be met even with nothing else to serve"
+            ) as raised:
+                await under.client.generate(token_ids=LONG, slo=slo, max_tokens=101).complete()
+            error = raised.value
+            assert says in str(error)
+            assert (error.reason, error.retry_after) == ("SLO_INFEASIBLE", None)
+            under.client.generate(token_ids=LONG, n=2)
+
+    run_with_gateway(body, ready=slow(decode_seconds=[(1, 0.02), (8, 0.02)]), paused=True)
 
 
 def test_a_default_target_counts_as_well() -> None:

@@ -93,10 +93,13 @@ async def no_chat_template(under: UnderTest) -> None:
     await under.client.generate(messages=[{"role": "user", "content": "hello"}]).complete()
 
 
-@provokes(Reason.SLO_INFEASIBLE, "expected after 10.00 s and may take 20.00 s, the target is 2 s", ready=SLOW)
+@provokes(Reason.SLO_INFEASIBLE, "expected after 2.50 s and may take 5.00 s", ready=SLOW, paused=True)
 async def infeasible(under: UnderTest) -> None:
+    """Behind two seconds of prompts."""
+    under.client.generate(token_ids=[1] * 200, max_tokens=2)
+    await under.until(lambda engine: len(engine.submits()) == 1)
     slo = api.SLO(on_infeasible="reject")
-    await under.client.generate(token_ids=[1] * 1000, slo=slo).complete()
+    await under.client.generate(token_ids=[1] * 50, slo=slo).complete()
 
 
 @provokes(

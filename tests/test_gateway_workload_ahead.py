@@ -174,6 +174,28 @@ def test_an_output_that_may_not_end_sooner_is_expected_to_be_as_long() -> None:
     assert ahead.pages_of(Newcomer(100, 20, min_tokens=0)) == 10 + 2
 
 
+def test_alone_it_would_not_have_to_wait() -> None:
+    ahead = ledger(max_running=64)
+    assert ahead.alone(Newcomer(500, 10)) == Forecast(pytest.approx(0.5), None, None)
+    now = running(ahead, 4, expected=100, gap=0.1)
+    ahead.add(["a", "b"], Newcomer(1000, 10, outputs=2), now)
+    alone = ahead.alone(Newcomer(500, 11, outputs=4))
+    assert alone.ttft == pytest.approx(0.5)
+    assert alone.gap == pytest.approx(0.1)
+    assert alone.e2e == pytest.approx(1.5)
+
+
+def test_prompts_that_were_slow_beside_others_are_not_thought_to_be_so_alone() -> None:
+    ahead = ledger()
+    for number in range(60):
+        ahead.add([f"r{number}"], Newcomer(500, 10), 10.0 * number)
+        ahead.step(StepFrame(10.0 * number, accepted=[AcceptedItem(f"r{number}", 0, 0)], prefill_requests=1))
+        first(ahead, 10.0 * number + 5, f"r{number}")
+        ahead.remove(f"r{number}")
+    assert ahead.alone(Newcomer(500, 10)).ttft == pytest.approx(0.5)
+    assert ledger(prefill=()).alone(Newcomer(500, 10)) == Forecast()
+
+
 def test_a_newcomer_that_pushes_a_kept_target_is_seen() -> None:
     ahead = ledger(max_running=64)
     ids: list[str] = []

@@ -102,11 +102,12 @@ class Gate:
         forecast = self._ahead.forecast(newcomer, now)
         self._check_deadline(asked, now, forecast.ttft or 0.0)
         crowding = self._ahead.crowds_out(newcomer)
-        problem, excess = self._infeasible(asked, forecast, now)
+        problem, excess = _missed(asked.slo, forecast, now - asked.arrival, self._ahead.caution)
         if crowding and problem is None:
             problem, excess = "running requests would miss theirs", 1.0
         if problem is not None and asked.on_infeasible == pb.ON_INFEASIBLE_REJECT:
-            raise _infeasible(problem, excess, asked, forecast, now)
+            hopeless, _ = _missed(asked.slo, self._ahead.alone(newcomer))
+            raise _infeasible(problem, excess, hopeless, asked, forecast, now)
         if crowding:
             raise Refusal(
                 Reason.QUEUE_FULL,
@@ -168,29 +169,35 @@ class Gate:
         whole = self._ahead.forecast(Newcomer(1, 1), now).ttft
         return None if whole is None else _retry(whole / 2)
 
-    def _infeasible(self, asked: Asked, forecast: Forecast, now: float) -> tuple[str | None, float]:
-        """Which target cannot be met, and by how many seconds of waiting."""
-        slo, waited = asked.slo, now - asked.arrival
-        if forecast.ttft is not None:
-            expected, perhaps = waited + forecast.ttft, waited + forecast.ttft * self._ahead.caution
-            if perhaps > slo.ttft:
-                problem = f"the first token is expected after {expected:.2f} s and may take {perhaps:.2f} s"
-                return f"{problem}, the target is {slo.ttft:g} s", perhaps - slo.ttft
-        if forecast.gap is not None and forecast.gap > slo.tbt:
-            gap, target = forecast.gap * 1e3, slo.tbt * 1e3
-            return f"tokens are expected {gap:.1f} ms apart, the target is {target:g} ms", 1.0
-        if slo.e2e is not None and forecast.e2e is not None and waited + forecast.e2e > slo.e2e:
-            return (
-                f"the end is expected after {waited + forecast.e2e:.2f} s, the target is {slo.e2e:g} s",
-                1.0,
-            )
-        return None, 0.0
+
+def _missed(
+    slo: SLO, forecast: Forecast, waited: float = 0.0, caution: float = 1.0
+) -> tuple[str | None, float]:
+    """Which target cannot be met after having `waited`, and by how many seconds of waiting."""
+    if forecast.ttft is not None:
+        expected, perhaps = waited + forecast.ttft, waited + forecast.ttft * caution
+        if perhaps > slo.ttft:
+            may = f" and may take {perhaps:.2f} s" if perhaps > expected else ""
+            problem = f"the first token is expected after {expected:.2f} s{may}, the target is {slo.ttft:g} s"
+            return problem, perhaps - slo.ttft
+    if forecast.gap is not None and forecast.gap > slo.tbt:
+        gap, target = forecast.gap * 1e3, slo.tbt * 1e3
+        return f"tokens are expected {gap:.1f} ms apart, the target is {target:g} ms", 1.0
+    if slo.e2e is not None and forecast.e2e is not None and waited + forecast.e2e > slo.e2e:
+        return f"the end is expected after {waited + forecast.e2e:.2f} s, the target is {slo.e2e:g} s", 1.0
+    return None, 0.0
 
 
-def _infeasible(problem: str, excess: float, asked: Asked, forecast: Forecast, now: float) -> Refusal:
+def _infeasible(
+    problem: str, excess: float, hopeless: str | None, asked: Asked, forecast: Forecast, now: float
+) -> Refusal:
+    """`hopeless`: what not even an idle server could do, so that trying again does not help."""
     metadata = {"class": asked.slo.name}
     if forecast.ttft is not None and isfinite(forecast.ttft):
         metadata["predicted_ttft_ms"] = f"{(now - asked.arrival + forecast.ttft) * 1e3:.1f}"
+    if hopeless is not None:
+        message = f"its targets cannot be met even with nothing else to serve: {hopeless}"
+        return Refusal(Reason.SLO_INFEASIBLE, message, retry=False, metadata=metadata)
     return Refusal(
         Reason.SLO_INFEASIBLE,
         f"its targets cannot be met now: {problem}",

@@ -98,7 +98,10 @@ CASES: Final[Mapping[Reason, Case]] = MappingProxyType(
         Reason.QUEUE_FULL: Case(_CODE.RESOURCE_EXHAUSTED, "the queue of the request's class is full", 1.0),
         Reason.RATE_LIMITED: Case(_CODE.RESOURCE_EXHAUSTED, "the tenant's rate is used up", 1.0),
         Reason.SLO_INFEASIBLE: Case(
-            _CODE.RESOURCE_EXHAUSTED, "its targets cannot be met now, and it asked to be rejected then", 1.0
+            _CODE.RESOURCE_EXHAUSTED,
+            "its targets cannot be met now, and it asked to be rejected then; without RetryInfo where an idle server "
+            "could not meet them either",
+            1.0,
         ),
         Reason.KV_CAPACITY: Case(_CODE.RESOURCE_EXHAUSTED, "the KV pool is promised to other requests", 1.0),
         Reason.SLOW_READER: Case(_CODE.RESOURCE_EXHAUSTED, "the client reads its stream too slowly"),
@@ -132,8 +135,8 @@ def error_table() -> str:
 class Refusal(DriftError):
     """A call that is not served, or no longer.
 
-    `field`: path of the wrong field in the request. `retry_after`: seconds, instead of the table's. `metadata` goes
-    into the ErrorInfo.
+    `field`: path of the wrong field in the request. `retry_after`: seconds, instead of the table's. `retry`: whether
+    trying again can help, where the table says that it can. `metadata` goes into the ErrorInfo.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class Refusal(DriftError):
         *,
         field: str | None = None,
         retry_after: float | None = None,
+        retry: bool = True,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(_one_line(message))
@@ -150,7 +154,8 @@ class Refusal(DriftError):
         self.reason = reason
         self.code = case.code
         self.field = field
-        self.retry_after = case.retry_after if retry_after is None else retry_after
+        usual = case.retry_after if retry else None
+        self.retry_after = usual if retry_after is None else retry_after
         self.metadata = dict(metadata or {})
 
     def status(self) -> status_pb2.Status:

@@ -206,6 +206,7 @@ class WorkloadAhead:
         self.load = self._last = None
         if prefill_seconds and not self._rates.prefill.known:
             self._rates.prefill = Line(MEMORY_PREFILLS, prefill_seconds)
+        self._expected_prefill = Line(MEMORY_PREFILLS, prefill_seconds)
         self._expected_steps = Line(MEMORY_STEPS, decode_seconds)
 
     def add(
@@ -406,14 +407,22 @@ class WorkloadAhead:
         fixed, slope, _ = self._rates.prefill.fit()
         ttft = max(ahead_tokens / rate, wait, self._told(newcomer)) + fixed + slope * own
         batch = min(len(self._decoding) + ahead_count + newcomer.outputs, self.max_running)
-        gap = self._step_seconds(batch)
-        if gap is None and self._rates.steps.seen < STEPS_TO_TRUST and self._expected_steps.known:
-            fixed, slope, _ = self._expected_steps.fit()  # the cost model's word, until there is better
-            gap = fixed + slope * batch
+        gap = self._gap(batch)
         usual = self._rates.gap.value
         e2e = None
-        if usual is not None:
-            e2e = ttft + (self._expected(newcomer) - 1) * max(usual, gap or 0.0)
+        if usual is not None or gap is not None:
+            e2e = ttft + (self._expected(newcomer) - 1) * max(usual or 0.0, gap or 0.0)
+        return Forecast(ttft, gap, e2e)
+
+    def alone(self, newcomer: Newcomer) -> Forecast:
+        """The soonest that an engine with nothing else to do would serve the newcomer, as far as that is known."""
+        ttft = None
+        if self._expected_prefill.known:  # what was learned may be so because of what ran beside
+            own = self._uncomputed(newcomer)
+            fits = (line.fit() for line in (self._expected_prefill, self._rates.prefill))
+            ttft = min(fixed + slope * own for fixed, slope, _ in fits)
+        gap = self._gap(min(newcomer.outputs, self.max_running))
+        e2e = None if gap is None else (ttft or 0.0) + (self._expected(newcomer) - 1) * gap
         return Forecast(ttft, gap, e2e)
 
     def crowds_out(self, newcomer: Newcomer) -> bool:
@@ -517,6 +526,14 @@ class WorkloadAhead:
             if lacking <= 0:
                 break
         return max(0.0, wait)
+
+    def _gap(self, batch: int) -> float | None:
+        """As `_step_seconds`, or by the cost model's word until there is better."""
+        gap = self._step_seconds(batch)
+        if gap is None and self._rates.steps.seen < STEPS_TO_TRUST and self._expected_steps.known:
+            fixed, slope, _ = self._expected_steps.fit()
+            gap = fixed + slope * batch
+        return gap
 
     def _step_seconds(self, batch: int) -> float | None:
         """Of a decode step over `batch` that runs alone; `None` where too little is known to say."""
