@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from click.testing import CliRunner
 
 from drift_gateway import serving
@@ -234,6 +235,52 @@ def test_what_the_engine_refuses_is_one_line_and_exit_code_2(flags: list[str], c
     assert complaint in output.strip().splitlines()[-1]
     assert "Traceback" not in output
     assert "serving on" not in output
+
+
+def test_a_log_that_cannot_be_written_is_said_before_any_engine_starts(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "log.jsonl"
+    status, output = serve("--listen", "127.0.0.1:0", "--log", str(path))
+    assert (status, output) == (2, f"Error: --log {path}: No such file or directory\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_where_no_log_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, fault in ((tmp_path, "Is a directory"), (tmp_path / "file" / "log", "Not a directory")):
+        with pytest.raises(DriftError, match=f"^--log {path}: {fault}$"):
+            serving.check_output("--log", path)
+
+
+def test_a_log_that_can_be_written_is_not_touched_by_the_check(tmp_path: Path) -> None:
+    (tmp_path / "old.jsonl").write_text("{}")
+    for name in ("old.jsonl", "new.jsonl"):
+        serving.check_output("--log", tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.jsonl", "{}")]
+
+
+@pytest.mark.skipif(not Path("/bin/sh").exists(), reason="no shell")
+def test_the_last_line_of_the_start_up_is_a_command_that_works(tmp_path: Path) -> None:
+    folder = tmp_path / "it's $HOME `of` \\ ours"
+    folder.mkdir()
+    made = trustme.CA().issue_cert("localhost", "127.0.0.1")
+    made.private_key_and_cert_chain_pem.write_to_path(folder / "server.pem")
+    security = ("--tls-cert", str(folder / "server.pem"), "--tls-key", str(folder / "server.pem"))
+    ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0")
+    with server(*ports, *security, "--device", "simulated", "--simulate", "step_ms=1") as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "python -c" in line:
+                break
+        command = said[-1].replace("python", sys.executable, 1)
+        done = subprocess.run(["/bin/sh", "-c", command], check=False, capture_output=True, timeout=120)
+        process.send_signal(signal.SIGINT)
+        after, _ = process.communicate(timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout
+    assert "stopping" in after.splitlines()[0], after
+    assert [line for line in said if line.startswith(("dashboard on", "administration on"))] == said[-4:-2]
 
 
 def test_a_gateway_process_never_loads_torch() -> None:

@@ -145,7 +145,7 @@ def serving(*flags: str, token: str | None = None, tls: Tls | None = None) -> It
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        wait_until(lambda: service.heard("^administration on") or process.poll() is not None)
+        wait_until(lambda: service.heard("^  python -c") or process.poll() is not None)
         assert process.poll() is None, service.said
         yield service
     finally:

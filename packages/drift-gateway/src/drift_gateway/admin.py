@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import os
 import re
 import socket
 import time
@@ -270,4 +271,6 @@ def check_traces(folder: str | None) -> Path | None:
     path = Path(folder).resolve()
     if not path.is_dir():
         raise DriftError(f"--trace-dir {folder} is no folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise DriftError(f"--trace-dir {folder} cannot be written to")
     return path

@@ -6,15 +6,19 @@ Knows the terminal and the signals; what is served and how is the supervisor's a
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
+import re
 import signal
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -41,10 +45,14 @@ from drift_gateway.observe.spans import Spans
 from drift_gateway.serve_options import OperationsOptions, ServeOptions, recorders_of
 from drift_gateway.server import Address, Gateway, check_address
 from drift_gateway.supervisor import ChildProcess, EngineProcess, Served, Supervisor
+from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.gateway")
 
 __all__ = ["OperationsOptions", "ServeOptions", "StartUpDisplay", "client_line", "serve"]
+
+EVERYWHERE: Final = ("0.0.0.0", "::")
+"""Names of no machine: who listens there is called by a name, which a certificate can have."""
 
 
 def serve(options: ServeOptions, console: Console) -> int:
@@ -55,10 +63,29 @@ def serve(options: ServeOptions, console: Console) -> int:
         check_address(options.http, options.insecure_bind, option="--http")
     if options.operations.admin is not None:
         check_admin_address(options.operations.admin)
+    if options.engine.log is not None:
+        check_output("--log", Path(options.engine.log))
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(options, security, console))
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raises DriftError where no file could be written there, and leaves everything as it is.
+
+    What the engine writes after minutes of loading and measuring is so refused before.
+    """
+    if path.is_dir():
+        fault = errno.EISDIR
+    elif path.exists():
+        fault = 0 if os.access(path, os.W_OK) else errno.EACCES
+    elif not path.parent.is_dir():
+        fault = errno.ENOTDIR if path.parent.exists() else errno.ENOENT
+    else:
+        fault = 0 if os.access(path.parent, os.W_OK | os.X_OK) else errno.EACCES
+    if fault:
+        raise DriftError(f"{option} {path}: {os.strerror(fault)}")
 
 
 async def _serve(options: ServeOptions, security: Security, console: Console) -> int:
@@ -100,7 +127,7 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
                 return 0
             served = started.result()
         garbage.settle()
-        display.summarise(served, Address(options.address.host, gateway.port), options.security)
+        display.summarise(served)
         if options.gateways > 1:
             console.print(f"{options.gateways} gateway processes share the port", highlight=False)
         if options.http is not None:
@@ -111,6 +138,7 @@ async def _serve(options: ServeOptions, security: Security, console: Console) ->
         if operations.admin is not None:
             admin_at = Address(operations.admin.host, admin.port)
             console.print(f"administration on {admin_at}", highlight=False)
+        display.invite(served, Address(options.address.host, gateway.port), options.security)
         keeping = asyncio.ensure_future(supervisor.keep_running())
         await _first(keeping, stop)
         if keeping.done():
@@ -240,8 +268,8 @@ class StartUpDisplay:
                 self._console.print(f"{frame.phase} …", highlight=False)
         self._progress.update(self._tasks[frame.phase], completed=frame.fraction)
 
-    def summarise(self, served: Served, address: Address, security: SecurityOptions) -> None:
-        """The phase table, what is served, and a line to try it with."""
+    def summarise(self, served: Served) -> None:
+        """The phase table, and what is served."""
         ready = served.ready
         table = Table("phase", "seconds", title="start-up", title_justify="left")
         table.columns[1].justify = "right"
@@ -263,29 +291,35 @@ class StartUpDisplay:
             highlight=False,
             soft_wrap=True,
         )
-        console.print(f"[bold green]serving on {address}[/]{security.summary()}; try:", highlight=False)
-        console.print(
-            f"  {client_line(address, served.tokenizer is not None, security)}",
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+
+    def invite(self, served: Served, address: Address, security: SecurityOptions) -> None:
+        """Where it serves, and as the last line a command to try it with."""
+        console, has_text = self._console, served.tokenizer is not None
+        summary = escape(security.summary())
+        console.print(f"[bold green]serving on {address}[/]{summary}; try:", highlight=False, soft_wrap=True)
+        here = Address("localhost", address.port) if address.host in EVERYWHERE else address
         if security == NO_SECURITY:
-            talk = "chat" if served.tokenizer is not None else "top"
-            console.print(f"  drift {talk} --target {address}", highlight=False, markup=False)
+            talk = "chat" if has_text else "top"
+            console.print(f"  drift {talk} --target {here}", highlight=False, markup=False)
+        line = client_line(here, has_text, security)
+        console.print(f"  {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def client_line(address: Address, text: bool = True, security: SecurityOptions = NO_SECURITY) -> str:
-    """A command that sends one request there, as text or as token ids."""
+    """A command for a shell that sends one request there, as text or as token ids.
+
+    With TLS it trusts the server's own certificate. What only the client has is named: its certificate, its token.
+    """
     prompt, field = ("'A list is'", "text") if text else ("token_ids=[1, 2, 3]", "token_ids")
     imports, arguments = "from drift_gateway.client import DriftClient", f"'{address}'"
     if security.certificate is not None:
         own = ", 'client.pem', 'client.key'" if security.client_ca is not None else ""
         imports += "; from drift_gateway.connection import Tls"
-        arguments += f", tls=Tls('ca.pem'{own})"
+        arguments += f", tls=Tls({str(security.certificate)!r}{own})"
     if security.tenants is not None and security.client_ca is None:
         arguments += ", token='TOKEN'"
-    return (
-        f'python -c "{imports}; '
-        f'print(DriftClient({arguments}).generate({prompt}, max_tokens=40, temperature=0.0).complete().{field})"'
+    program = (
+        f"{imports}; "
+        f"print(DriftClient({arguments}).generate({prompt}, max_tokens=40, temperature=0.0).complete().{field})"
     )
+    return 'python -c "' + re.sub(r'([\\"$`])', r"\\\1", program) + '"'
