@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from gateway_under_test import PATIENCE_S, UnderTest, run_with_gateway
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from drift_gateway.commands.clients import load as load_command
 from drift_gateway.connection import Connection
 from drift_gateway.terminal.load import LoadOptions, measure
 from drift_gateway.terminal.load_account import Account, DeviceTime, Outcome
@@ -224,6 +226,36 @@ def test_a_workload_arrives_as_the_trace_says(tmp_path: Path) -> None:
     run_with_gateway(body)
 
 
+def test_a_target_for_the_whole_and_a_priority_reach_the_server_and_count(tmp_path: Path) -> None:
+    trace = burst(tmp_path, 3)
+
+    async def body(under: UnderTest) -> None:
+        kept = await load(under, workload=trace, slo_ttft=60.0, slo_tbt=60.0, slo_e2e=600.0, priority=-3)
+        missed = await load(under, workload=trace, slo_ttft=60.0, slo_tbt=60.0, slo_e2e=1e-5, priority=0)
+        submits = under.engine.submits()
+        assert [submit.slo_e2e for submit in submits] == [600.0] * 3 + [1e-5] * 3
+        assert [submit.priority for submit in submits] == [-3] * 3 + [0] * 3
+        assert (kept["slo"]["attainment"], missed["slo"]["attainment"]) == (1.0, 0.0)
+        assert (kept["config"]["slo_e2e"], kept["config"]["priority"]) == (600.0, -3)
+
+    run_with_gateway(body)
+
+
+def test_the_command_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[LoadOptions] = []
+
+    def remember(options: LoadOptions, *_: Any) -> Report:
+        given.append(options)
+        raise DriftError("enough")
+
+    monkeypatch.setattr("drift_gateway.terminal.load.run", remember)
+    asked = ["--workload", "sharegpt", "--slo-e2e", "20", "--priority", "-7"]
+    assert "enough" in CliRunner().invoke(load_command, asked).output
+    assert (given[0].slo_e2e, given[0].priority) == (20.0, -7)
+    refused = CliRunner().invoke(load_command, ["--workload", "sharegpt", "--priority", "1001"])
+    assert (refused.exit_code, "-1000<=x<=1000" in refused.output) == (2, True)
+
+
 def test_a_stalled_server_does_not_slow_the_client_down(tmp_path: Path) -> None:
     trace = burst(tmp_path, 40, every_ms=2.0)
 
@@ -310,3 +342,5 @@ def test_nobody_there_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
 def test_bad_numbers_are_refused() -> None:
     with pytest.raises(DriftError, match="slo-tbt is -1"):
         LoadOptions(Connection("x:1"), "sharegpt", slo_tbt=-1.0).check()
+    with pytest.raises(DriftError, match="slo-e2e is 0"):
+        LoadOptions(Connection("x:1"), "sharegpt", slo_e2e=0.0).check()

@@ -278,6 +278,20 @@ def test_a_failure_waits_for_what_is_being_passed_on_and_its_own_failure_is_rais
     run(body)
 
 
+def test_what_cannot_be_taken_fails_its_own_reader_and_no_other() -> None:
+    async def body(world: World) -> None:
+        bad, good = await world.reader("bad"), await world.reader("good")
+        bad.short_cut(lambda: {}["nothing"], lambda _: None)
+        told(bad, 1.0)
+        told(good, 1.0)
+        world.turns.give()
+        await until(lambda: world.order == ["good"])
+        with pytest.raises(KeyError, match="nothing"):
+            await world.tasks[0]
+
+    run(body)
+
+
 def test_one_that_was_left_is_gone_without_a_look_for_garbage() -> None:
     async def body(world: World) -> None:
         submission = Submission(world.forget, world.turns, ["a"], 0.1)
@@ -503,19 +517,20 @@ def test_log_probabilities_stay_beside_tokens_that_came_by_columns() -> None:
 
 
 class Steps:
-    """A world with columns of one request, and steps at times that are told."""
+    """A world with columns of some requests, and steps at times that are told."""
 
-    def __init__(self, world: World, submission: Submission, interval: float) -> None:
+    def __init__(self, world: World, interval: float, *submissions: Submission, hold: float = 1.0) -> None:
         self.turns, self.now, self.interval = world.turns, time.monotonic(), interval
-        self.request = submission.requests[0]
-        self.columns = columns_of(self.request)
+        requests = [submission.requests[0] for submission in submissions]
+        self.ids = [request.id for request in requests]
+        self.columns = columns_of(*requests)
         world.turns.step_is(self.now - interval)
         world.turns.step_is(self.now)
-        world.turns.hold = 1.0
+        world.turns.hold = hold
 
     def step(self) -> None:
         self.now += self.interval
-        self.columns.add([self.request.id], [7], self.now)
+        self.columns.add(self.ids, [7] * len(self.ids), self.now)
         self.turns.look(self.now)
         self.turns.step_is(self.now)
         self.turns.give()
@@ -530,7 +545,7 @@ def test_with_others_behind_tokens_are_kept_until_the_next_step_would_be_late(
 
     async def body(world: World) -> None:
         reader = await world.reader("a", tbt=400.0)
-        steps = Steps(world, reader, 40.0)
+        steps = Steps(world, 40.0, reader)
         for expected in ([], [], ["a"], ["a"], ["a"], ["a", "a"]):
             steps.step()
             await asyncio.sleep(0)
@@ -543,13 +558,58 @@ def test_with_others_behind_tokens_are_kept_until_the_next_step_would_be_late(
 def test_what_is_kept_goes_without_a_further_step_and_urgent_news_is_not_kept() -> None:
     async def body(world: World) -> None:
         reader, other = await world.reader("a", tbt=0.2), await world.reader("b", tbt=400.0)
-        steps = Steps(world, reader, 0.001)
+        steps = Steps(world, 0.001, reader)
         steps.step()
         assert not reader.queued
         told(other, steps.now, first=True)
         world.turns.give()
         await until(lambda: len(world.order) == 2)
         assert world.order == ["b", "a"]
+
+    run(body)
+
+
+def test_of_readers_alike_who_read_first_is_read_first_and_tight_targets_go_before_loose_ones() -> None:
+    async def body(world: World) -> None:
+        readers = [await world.reader(f"{tbt:g}s {k}", tbt) for k in range(3) for tbt in (4.0, 0.1)]
+        steps = Steps(world, 0.01, *readers, hold=0.0)
+        expected = [f"{tbt}s {k}" for tbt in ("0.1", "4") for k in range(3)]
+        for rounds in (1, 2, 3):
+            steps.step()
+            await until(lambda: len(world.order) == 6 * rounds)  # noqa: B023  # awaited in the same round
+            assert world.order[-6:] == expected
+
+    run(body)
+
+
+def test_tokens_of_all_targets_are_kept_each_as_long_as_its_own_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quarters of 200 s and 400 s are 50 s and 100 s: with steps 40 s apart one more fits in, and two."""
+    monkeypatch.setattr(module, "LONGEST_HOLD_S", 1000.0)
+    monkeypatch.setattr(module, "HOLD_EASES_S", 1e9)
+
+    async def body(world: World) -> None:
+        readers = [await world.reader(name, tbt) for name, tbt in (("a", 400.0), ("b", 200.0), ("c", 400.0))]
+        steps = Steps(world, 40.0, *readers)
+        for expected in ([], ["b"], ["b", "a", "c"], ["b", "a", "c", "b"]):
+            steps.step()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert world.order == expected
+
+    run(body)
+
+
+def test_a_reader_that_ended_while_it_waited_is_not_looked_for() -> None:
+    async def body(world: World) -> None:
+        reader, other = await world.reader("ended"), await world.reader("other")
+        steps = Steps(world, 0.01, reader, other, hold=0.0)
+        world.tasks[0].cancel()
+        await asyncio.gather(world.tasks[0], return_exceptions=True)
+        assert list(world.turns.idle) == [other]
+        steps.step()
+        await until(lambda: world.order == ["other"])
 
     run(body)
 

@@ -30,7 +30,12 @@ INTERRUPTED = 130
 @click.option("--duration", type=float, help="Send for so many seconds at most.")
 @click.option("--slo-ttft", type=float, help="Target for the first token, seconds.  [default: the server's]")
 @click.option("--slo-tbt", type=float, help="Target between tokens, seconds.  [default: the server's]")
+@click.option("--slo-e2e", type=float, help="Target for the whole request, seconds.  [default: none]")
 @click.option("--slo-class", metavar="NAME", help="Names the targets in the server's statistics.")
+@click.option(
+    "--priority", type=click.IntRange(-1000, 1000),
+    help="Of every request; lower is handled earlier.  [default: the workload's]",
+)  # fmt: skip
 @click.option(
     "--on-infeasible", type=click.Choice(("best-effort", "reject", "demote")),
     help="What the server is to do with a request whose targets it cannot meet.",

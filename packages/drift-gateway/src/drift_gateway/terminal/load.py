@@ -49,9 +49,10 @@ _STUB: Final[Callable[[Any], Any]] = generation_pb2_grpc.GenerationServiceStub
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What to send where. `slo_ttft`, `slo_tbt` `None`: the server's defaults. `warm`: let the run reuse prefixes that
-    earlier runs left in the server's cache. `timeout`: seconds that one request may take. `duration`: stop sending
-    after so many seconds."""
+    """What to send where. `slo_ttft`, `slo_tbt` `None`: the server's defaults. `slo_e2e` `None`: no such target.
+    `priority`: of every request, in place of the workload's. `warm`: let the run reuse prefixes that earlier runs left
+    in the server's cache. `timeout`: seconds that one request may take. `duration`: stop sending after so many
+    seconds."""
 
     connection: Connection
     workload: str
@@ -59,7 +60,9 @@ class LoadOptions:
     requests: int | None = None
     slo_ttft: float | None = None
     slo_tbt: float | None = None
+    slo_e2e: float | None = None
     slo_class: str | None = None
+    priority: int | None = None
     on_infeasible: str | None = None
     seed: int = 0
     connections: int = 4
@@ -74,6 +77,7 @@ class LoadOptions:
             ("rate", self.rate),
             ("slo-ttft", self.slo_ttft),
             ("slo-tbt", self.slo_tbt),
+            ("slo-e2e", self.slo_e2e),
             ("duration", self.duration),
             ("timeout", self.timeout),
         ):
@@ -92,7 +96,9 @@ class LoadOptions:
             "partition": info.policies.partition,
             "slo_ttft": slo.ttft,
             "slo_tbt": slo.tbt,
+            "slo_e2e": slo.e2e,
             "slo_class": slo.name,
+            "priority": self.priority,
             "on_infeasible": self.on_infeasible,
             "seed": self.seed,
             "kv_pages": info.kv_pool.total_pages,
@@ -153,6 +159,7 @@ def _targets(options: LoadOptions, info: info_pb2.GetServerInfoResponse) -> SLO:
     return SLO(
         options.slo_ttft if options.slo_ttft is not None else defaults.ttft_ms / 1e3,
         options.slo_tbt if options.slo_tbt is not None else defaults.tbt_ms / 1e3,
+        options.slo_e2e,
         name=options.slo_class or "default",
     )
 
@@ -291,8 +298,9 @@ class LoadRun:
         message.token_ids.ids.extend(prompt.token_ids)
         message.stopping.max_tokens = prompt.output_tokens
         message.slo.MergeFrom(_wire_slo(request.slo))
-        if request.priority:
-            message.priority = request.priority
+        priority = self._options.priority if self._options.priority is not None else request.priority
+        if priority:
+            message.priority = priority
         if request.session is not None:
             message.prefix.session = request.session[:128]
         if not self._options.warm:
