@@ -203,6 +203,47 @@ def test_a_long_name_of_a_class_takes_no_room_from_its_numbers(width: int) -> No
     assert line.rstrip().endswith("1.50/s")
 
 
+@given(
+    st.integers(40, 140),
+    st.lists(
+        st.tuples(st.sampled_from("abcdefghij"), st.integers(1, 60), st.floats(0, 1e6)),
+        min_size=1,
+        max_size=3,
+    ),
+)
+def test_columns_are_left_out_whole_and_never_cut(width: int, classes: list[tuple[str, int, float]]) -> None:
+    told = message()
+    del told.classes[:]
+    for letter, length, late in classes:
+        name = {"class": letter * length}
+        told.classes.add(
+            **name, finished=1234, ttft_p99_ms=late, tbt_p99_ms=late, tbt_target_ms=50, goodput=1.5
+        )
+    lines = drawn(Readings().take(INFO, told), width=width).splitlines()
+    head = next(place for place, line in enumerate(lines) if line.startswith("minute"))
+    assert "p99" in lines[head]
+    for line, (letter, length, late) in zip(lines[head + 1 :], classes, strict=False):
+        name, *cells = line.split()
+        assert name.rstrip("…") == letter * len(name.rstrip("…"))
+        assert len(name) >= min(length, 12)
+        assert "…" not in "".join(cells)
+        assert len(cells) == len(lines[head].split()) - 1
+        assert f"{late / 1e3:,.2f}" in cells
+
+
+def test_the_least_important_columns_go_first() -> None:
+    def headings(width: int) -> set[str]:
+        text = drawn(Readings().take(INFO, message()), width=width)
+        return set(next(line for line in text.splitlines() if line.startswith("minute")).split())
+
+    everything = {"minute", "done", "p50", "p99", "target", "kept", "goodput"}
+    assert headings(100) == everything
+    assert headings(70) == everything - {"p50"}
+    assert headings(60) == everything - {"p50", "target"}
+    assert headings(45) == {"minute", "p99", "kept", "goodput"}
+    assert headings(30) == {"minute", "p99"}
+
+
 def test_a_frame_without_a_server_says_so() -> None:
     assert "no answer: gone" in drawn(None, "gone")
     reading = Readings().take(INFO, message())

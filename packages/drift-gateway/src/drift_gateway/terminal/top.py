@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Container, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,11 +38,12 @@ HOPELESS: Final = frozenset(
 )
 STATE_STYLES: Final = {"ready": "bold green", "starting": "yellow", "restarting": "bold red"}
 LABEL_WIDTH: Final = 9
-METRIC: Final = ("p50", "p99", "target", "kept")
-NARROW: Final = frozenset({"done", "p99", "target", "kept", "goodput"})
-WIDE: Final = 76
+UNIMPORTANT: Final = ("p50", "target", "done", "goodput", "kept")
+"""Columns of classes that a narrow terminal does without, the first of them first."""
 NAME_WIDTH: Final = 20
 """Of a class, whose name may be longer: what is beside it is what one looks for."""
+NAME_LEAST: Final = 12
+"""What is left of a longer name before columns are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,38 +274,70 @@ def _filled(share: float | None, width: int) -> tuple[tuple[str, str], tuple[str
     return ("━" * full, style), ("─" * (width - full), "dim")
 
 
+Cells = dict[tuple[str, str], Text]
+"""By group and heading, in their order."""
+
+
 class _Classes:
-    """TTFT and TBT of the last minute against target; a narrow terminal gets the columns that matter most."""
+    """TTFT and TBT of the last minute against target; columns that do not fit are left out whole."""
 
     def __init__(self, classes: list[dict[str, Any]]) -> None:
-        self._classes = classes
+        self._names = [Text(entry["name"]) for entry in classes]
+        self._rows = [_class_cells(entry) for entry in classes]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if not self._classes:
+        if not self._rows:
             yield Text("no request ended in the last minute", "dim")
             return
-        wide = options.max_width >= WIDE
+        columns = self._fitting(options.max_width)
+        room = options.max_width - sum(width for _, width in columns.values())
         table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
-        table.add_column("last\nminute", overflow="ellipsis", min_width=6, max_width=NAME_WIDTH)
-        for group, headings in (("", ("done",)), ("TTFT s", METRIC), ("TBT ms", METRIC), ("", ("goodput",))):
-            for place, heading in enumerate(headings):
-                if wide or heading in NARROW:
-                    first = place == 0 or (not wide and place == 1)
-                    table.add_column(f"{group if first else ''}\n{heading}", justify="right", no_wrap=True)
-        for entry in self._classes:
-            table.add_row(Text(entry["name"]), *_class_cells(entry, wide))
+        table.add_column("last\nminute", no_wrap=True, overflow="ellipsis", max_width=min(NAME_WIDTH, room))
+        for (_, heading), (group, _) in columns.items():
+            table.add_column(f"{group}\n{heading}", justify="right", no_wrap=True)
+        for name, cells in zip(self._names, self._rows, strict=True):
+            table.add_row(name, *(cells[column] for column in columns))
         yield table
 
+    def _fitting(self, width: int) -> dict[tuple[str, str], tuple[str, int]]:
+        """The columns that fit beside names cut to NAME_LEAST, without the least important ones; see `_drawn`."""
+        names = max(len("minute"), *(min(name.cell_len, NAME_LEAST) for name in self._names))
+        left_out: set[str] = set()
+        for least in (*UNIMPORTANT, ""):
+            columns = self._drawn(left_out)
+            if names + sum(width for _, width in columns.values()) <= width:
+                break
+            left_out.add(least)
+        return columns
 
-def _class_cells(entry: dict[str, Any], wide: bool) -> list[str | Text]:
-    cells: list[str | Text] = [str(entry["finished"])]
-    for metric, factor, digits in (("ttft", 1.0, 2), ("tbt", 1e3, 1)):
+    def _drawn(self, left_out: Container[str]) -> dict[tuple[str, str], tuple[str, int]]:
+        """Columns with what stands above each (its group, over the first of it) and its width, a space on either side
+        included."""
+        found: dict[tuple[str, str], tuple[str, int]] = {}
+        above = ""
+        for column in self._rows[0]:
+            group, heading = column
+            if heading in left_out:
+                continue
+            label = group if group != above else ""
+            above = group
+            content = max(cells[column].cell_len for cells in self._rows)
+            found[column] = label, 2 + max(len(label), len(heading), content)
+        return found
+
+
+def _class_cells(entry: dict[str, Any]) -> Cells:
+    cells = {("", "done"): Text(str(entry["finished"]))}
+    for group, metric, factor, digits in (("TTFT s", "ttft", 1.0, 2), ("TBT ms", "tbt", 1e3, 1)):
         target = entry[f"{metric}_target_s"]
-        if wide:
-            cells.append(_scaled(entry[f"{metric}_p50_s"], factor, digits))
-        cells.append(_against(entry[f"{metric}_p99_s"], target, factor, digits))
-        cells += [_scaled(target, factor, digits), _kept(entry[f"{metric}_attainment"])]
-    return [*cells, f"{entry['goodput']:.2f}/s"]
+        cells |= {
+            (group, "p50"): Text(_scaled(entry[f"{metric}_p50_s"], factor, digits)),
+            (group, "p99"): _against(entry[f"{metric}_p99_s"], target, factor, digits),
+            (group, "target"): Text(_scaled(target, factor, digits)),
+            (group, "kept"): _kept(entry[f"{metric}_attainment"]),
+        }
+    cells["", "goodput"] = Text(f"{entry['goodput']:.2f}/s")
+    return cells
 
 
 class _Strip:
