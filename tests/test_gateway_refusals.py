@@ -13,6 +13,8 @@ import pytest
 from gateway_under_test import UnderTest, ready_in, run_with_gateway
 
 from drift_gateway import client as api
+from drift_gateway.observe.access_log import line_of
+from drift_gateway.observe.request_record import RequestRecord
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
 
@@ -194,12 +196,16 @@ def test_an_internal_fault_is_opaque_and_has_an_id(
     monkeypatch.setattr(generation, "_accepted", broken)
 
     async def body(under: UnderTest) -> None:
+        records: list[RequestRecord] = []
+        under.gateway.generations.recorders.append(records.append)
         with pytest.raises(api.RequestError) as raised:
             await under.client.generate(token_ids=[1]).complete()
         assert raised.value.code is grpc.StatusCode.INTERNAL
         assert "secret" not in str(raised.value)
         incident = str(raised.value).split()[-1]
         assert incident in caplog.text
+        (line,) = (line_of(record, 0.0) for record in records)
+        assert (line["code"], line["reason"], line["incident"]) == ("INTERNAL", "INTERNAL", incident)
         assert "a secret path" in caplog.text
         await under.until(lambda engine: bool(engine.cancels()))
 

@@ -29,6 +29,7 @@ log = logging.getLogger("drift.gateway")
 
 DOMAIN: Final = "drift"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+INCIDENT: Final = "incident"
 MAX_MESSAGE_CHARACTERS: Final = 1000
 """A message may quote the request, and trailers have a cap; what is longer is cut."""
 
@@ -190,13 +191,22 @@ def refusal_of(error: Exception) -> Refusal:
         case EngineGone():
             return Refusal(Reason.WORKER_RESTART, f"{error}; try again")
         case _:
-            incident = uuid4().hex[:12]
+            incident = incident_of(error)
             log.error("internal error %s", incident, exc_info=error)
             return Refusal(
                 Reason.INTERNAL,
                 f"internal error; the log has it under {incident}",
-                metadata={"incident": incident},
+                metadata={INCIDENT: incident},
             )
+
+
+def incident_of(error: BaseException) -> str:
+    """The id under which the log has an error that nobody foresaw: the same whoever asks; "" for one that is said as
+    it is."""
+    if isinstance(error, Refusal):
+        return error.metadata.get(INCIDENT, "")
+    known: dict[str, str] = error.__dict__
+    return known.setdefault("_drift_incident", uuid4().hex[:12])
 
 
 @asynccontextmanager

@@ -70,6 +70,7 @@ def line_of(record: RequestRecord, epoch: float) -> dict[str, Any]:
         "demoted": record.demoted,
         "code": record.code,
         "reason": record.reason,
+        "incident": record.incident,
         "seconds": _seconds(record.ended - record.call.arrival),
         "outputs": [_output(output) for output in record.outputs],
     }

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+import grpc
+
 from drift_core.link import EngineGone
 from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call
 from drift_gateway.observe.service_stats import EndedOutput
-from drift_gateway.refusal import Reason, Refusal
+from drift_gateway.refusal import Reason, Refusal, incident_of
 
 if TYPE_CHECKING:
     from drift_gateway.v1 import generation_pb2 as pb
@@ -32,7 +34,8 @@ MAX_TOLD_CHARACTERS: Final = 128
 class RequestRecord:
     """A request and what became of it. `arrival` and `ended` are on the monotonic clock.
 
-    `code`: name of its gRPC status; `reason`: of its ErrorInfo, where it was refused. `request_id` is `None` where it
+    `code`: name of its gRPC status; `reason`: of its ErrorInfo, where it was refused; `incident`: the id in the message
+    of an INTERNAL, under which the log has the details. `request_id` is `None` where it
     brought none and was refused before it got one.
     """
 
@@ -47,6 +50,7 @@ class RequestRecord:
     outputs: Sequence[EndedOutput] = ()
     code: str = "OK"
     reason: str | None = None
+    incident: str | None = None
     ended: float = field(default=0.0)
 
     @classmethod
@@ -69,14 +73,16 @@ class RequestRecord:
         match error:
             case None:
                 pass
-            case GeneratorExit() | asyncio.CancelledError():
-                self.code = "CANCELLED"
+            case GeneratorExit() | asyncio.CancelledError() | grpc.aio.InternalError():
+                self.code = "CANCELLED"  # the client left, or nothing could be sent to it any more
             case Refusal():
                 self.code, self.reason = error.code.name, str(error.reason)
+                self.incident = incident_of(error) or None
             case EngineGone():
                 self.code, self.reason = "UNAVAILABLE", str(Reason.WORKER_RESTART)
             case _:
                 self.code, self.reason = "INTERNAL", str(Reason.INTERNAL)
+                self.incident = incident_of(error)
 
 
 def _told(text: str) -> str:

@@ -90,8 +90,8 @@ def _attributes(record: RequestRecord) -> Attributes:
         "gen_ai.usage.input_tokens": record.outputs[0].prompt_tokens if record.outputs else 0,
         "gen_ai.usage.output_tokens": sum(output.output_tokens for output in record.outputs),
     }
-    for name, value in (("tenant", record.tenant), ("session", record.session), ("reason", record.reason)):
-        if value:
+    for name in ("tenant", "session", "reason", "incident"):
+        if value := getattr(record, name):
             found[f"drift.{name}"] = value
     return found
 
