@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -25,6 +27,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from drift_core.frames import Pong
 from drift_gateway import client as api
 from drift_gateway import server
+from drift_gateway.calls import Call
 from drift_gateway.heartbeat import hang_of
 from drift_gateway.observe.access_log import AccessLog
 from drift_gateway.observe.request_record import RequestRecord
@@ -290,6 +293,70 @@ def test_the_access_log_has_one_line_per_request_and_no_prompt(tmp_path: Path) -
 def test_an_access_log_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(DriftError, match=r"access log .*nowhere"):
         AccessLog(str(tmp_path / "nowhere" / "log"))
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """A FIFO, and the descriptor to read it with; it has room for 4 KiB where that can be said."""
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    yield str(path), reader
+    os.close(reader)
+
+
+def until_its_end(reader: int) -> list[bytes]:
+    with os.fdopen(reader, "rb", closefd=False) as file:
+        return file.readlines()
+
+
+def test_a_pipe_that_nobody_reads_holds_nobody_up(
+    pipe: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """All requests are served; what the pipe has no room for is dropped, and how much is said once it is read."""
+    path, reader = pipe
+    count, lines = 300, list[bytes]()
+
+    async def body(under: UnderTest) -> None:
+        log, records = AccessLog(path, most=3), list[RequestRecord]()
+        under.gateway.generations.recorders += [log, records.append]
+        labels = {f"label-{k}": "x" * 100 for k in range(5)}
+        for _ in range(count):
+            await under.client.generate(token_ids=[1], max_tokens=1, labels=labels).complete()
+        await ended(records, count)
+        reading = asyncio.create_task(asyncio.to_thread(until_its_end, reader))
+        async with asyncio.timeout(PATIENCE_S):
+            while "lines were dropped" not in caplog.text:
+                await asyncio.sleep(0.005)
+        log.close()
+        lines.extend(await reading)
+
+    run_with_gateway(body)
+    assert all(json.loads(line)["code"] == "OK" for line in lines)
+    found = re.findall(r"access log \S+fifo: (\d+) lines were dropped", caplog.text)
+    assert len(lines) > 3
+    assert len(lines) + sum(map(int, found)) == count
+
+
+def test_a_server_ends_though_nobody_reads_its_access_log(
+    pipe: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    log = AccessLog(pipe[0], most=3)
+    record = RequestRecord(Call(0.0), "", "r", "", {"filler": "x" * 70_000}, "default", 0)
+    for _ in range(9):
+        log(record)
+    log.close()
+    (line,) = [line for line in caplog.messages if "nobody reads it" in line]
+    assert int(re.findall(r"(\d+) lines are lost", line)[0]) >= 8
+
+
+def test_a_fifo_without_a_reader_is_said_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(DriftError, match=r"access log .*fifo: nobody reads it"):
+        AccessLog(str(tmp_path / "fifo"))
 
 
 def test_a_recorder_that_raises_takes_no_request_down() -> None:
