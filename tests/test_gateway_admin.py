@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -70,6 +71,30 @@ async def health_of(under: UnderTest, service: str) -> int:
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
         status: int = answer.status
         return status
+
+
+def test_the_admin_port_has_a_health_of_its_own() -> None:
+    """SERVING while the public port drains, and until it is closed."""
+
+    async def body(under: UnderTest) -> None:
+        port = AdminPort(under.supervisor, under.gateway.security)
+        await port.open(Address("127.0.0.1", 0))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port.port}") as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            under.supervisor.drain(True)
+            for name in ("", ADMIN):
+                answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            watch = stub.Watch(health_pb2.HealthCheckRequest(service=ADMIN))
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+            await port.close()
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                last = await watch.read()
+                assert last is grpc.aio.EOF or last.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.Check(health_pb2.HealthCheckRequest())
+
+    run_with_gateway(body)
 
 
 def test_the_public_port_knows_nothing_of_administration() -> None:

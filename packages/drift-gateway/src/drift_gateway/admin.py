@@ -21,6 +21,7 @@ from typing import Any, Final, Protocol
 
 import grpc
 from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from drift_core.frames import Answer, Call, FlushPrefixes, SetPolicy, StartTrace, StopTrace
@@ -219,7 +220,7 @@ async def _called(method: str, request: Message, context: Context) -> AsyncItera
 
 
 class AdminPort:
-    """The server of AdminService alone. `port` is the one taken, once `open` has returned.
+    """The server of AdminService, with its health. `port` is the one taken, once `open` has returned.
 
     `operated`: the gateways that it acts on; without, the one in this process.
     """
@@ -236,7 +237,10 @@ class AdminPort:
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=security.interceptors)
         service = AdminService(supervisor, operated or OneGateway(supervisor), traces)
         _ADD_ADMIN(service, self._server)
-        reflection.enable_server_reflection((ADMIN, reflection.SERVICE_NAME), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
 
     async def open(self, address: Address) -> None:
         """Take the port and answer. Raises DriftError when it is not on loopback or cannot be had."""
@@ -245,10 +249,13 @@ class AdminPort:
             self.port = self._security.add_port(self._server, str(address))
         except RuntimeError as error:
             raise DriftError(f"cannot listen on {address}: it is in use") from error
+        for name in ("", ADMIN):  # it answers operators in every state of the engine
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
 
     async def close(self) -> None:
-        """Stop answering."""
+        """Say NOT_SERVING, and stop answering."""
+        await self._health.enter_graceful_shutdown()
         await self._server.stop(None)
 
 
