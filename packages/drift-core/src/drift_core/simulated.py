@@ -2,8 +2,8 @@
 
 `drift serve --device simulated --simulate h200/llama-3.1-8b` takes as long as that device is estimated to take with
 that model; `--simulate step_ms=10` takes ten milliseconds per decode step. The scheduler, the policies, the KV
-pages, their reuse and the tokenizer are the real ones; tokens are drawn by `token_ids` and mean nothing. Loads no
-torch. Knows nothing of sockets.
+pages, their reuse and the tokenizer are the real ones; tokens are drawn by `token_ids` and mean nothing, though an
+output in a form has it. Loads no torch. Knows nothing of sockets.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
-from itertools import chain, compress
+from itertools import chain
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -26,6 +26,7 @@ from drift_core.frames import TokenLogprob
 from drift_core.kv import PagedKv, PoolPlan, plan_pool
 from drift_core.lanes_now import IDLE, LanesNow
 from drift_core.sampling_params import SamplingParams
+from drift_core.simulated_forms import FormedTokens
 from drift_scheduler.cost.contention import Contended
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.hardware import device_spec, kv_tokens, model_spec, simulated_device
@@ -37,6 +38,7 @@ from drift_scheduler.domain import (
     DecodeShape,
     Device,
     Event,
+    FinishReason,
     Gang,
     Observation,
     Partition,
@@ -45,6 +47,7 @@ from drift_scheduler.domain import (
     PrefillShape,
     Request,
     RequestArrived,
+    RequestCancelled,
     Sharing,
 )
 from drift_scheduler.errors import DriftError, OptionError
@@ -68,6 +71,9 @@ FIXED_POOL_TOKENS: Final = 1 << 20
 _MULTIPLIER: Final = 6364136223846793005  # Knuth's MMIX
 _INCREMENT: Final = 1442695040888963407
 _MASK: Final = (1 << 64) - 1
+
+_NUMBERS: Final = range(1 << 31)
+"""Drawing from these gives the numbers themselves."""
 
 _BLOCK: Final = 64
 """Tokens drawn at once: one of a block costs a tenth of one alone."""
@@ -124,27 +130,28 @@ class _Sequence:
     stops: frozenset[int]
     earliest_stop: int  # tokens, prompt included, before which no stop token ends it
     logprobs: bool
+    formed: FormedTokens | None  # the source, where the output has a form
+    special: bool  # whether there is more to look at than the tokens
 
-    def advance(self) -> tuple[int, bool]:
-        """The next token, and whether it ends the output."""
-        token = next(self.source)
-        self.tokens.append(token)
-        return token, bool(self.stops) and token in self.stops and len(self.tokens) > self.earliest_stop
+    def stopped_by(self, token: int) -> bool:
+        """Whether its latest token ends the output."""
+        if self.formed is not None and self.formed.ended:
+            return True
+        return token in self.stops and len(self.tokens) > self.earliest_stop
 
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """Requests that get a token together. `plain`: nothing but the token is to be looked at, for any of them."""
+    """Requests that get a token together. `special`: those with more to look at than the token, and their places."""
 
     ids: tuple[str, ...]
-    sequences: list[_Sequence]
     sources: list[Iterator[int]]
     appends: list[Callable[[int], None]]
-    plain: bool
+    special: list[tuple[int, _Sequence]]
 
 
 _Drawn = tuple[list[int], tuple[str, ...], dict[str, TokenLogprob] | None]
-_NOBODY: Final = _Members((), [], [], [], True)
+_NOBODY: Final = _Members((), [], [], [])
 
 
 class SimulatedTokens:
@@ -161,16 +168,26 @@ class SimulatedTokens:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> None:
-        """Remember a request. Raises DriftError when the id is in use."""
+    def add(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        matcher: Matcher | None = None,
+    ) -> None:
+        """Remember a request; `matcher` where its output has a form. Raises DriftError when the id is in use."""
         if request_id in self._sequences:
             raise DriftError(f"request id '{request_id}' is in use")
+        formed = None if matcher is None else _formed(prompt, sampling, matcher)
+        stops, logprobs = frozenset(sampling.stop_token_ids or ()), sampling.logprobs is not None
         self._sequences[request_id] = _Sequence(
             array("q", prompt),
-            token_ids(prompt, sampling.seed, self._choices),
-            frozenset(sampling.stop_token_ids or ()),
+            token_ids(prompt, sampling.seed, self._choices) if formed is None else formed,
+            stops,
             len(prompt) + sampling.min_tokens,
-            sampling.logprobs is not None,
+            logprobs,
+            formed,
+            bool(stops) or logprobs or formed is not None,
         )
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -187,27 +204,41 @@ class SimulatedTokens:
         sequences = [self._sequences[request_id] for request_id in ids]
         return _Members(
             ids,
-            sequences,
             [sequence.source for sequence in sequences],
             [sequence.tokens.append for sequence in sequences],
-            not any(sequence.stops or sequence.logprobs for sequence in sequences),
+            [(place, sequence) for place, sequence in enumerate(sequences) if sequence.special],
         )
 
     def draw(self, members: _Members) -> _Drawn:
         """One token each; the ids of those it ends; log probabilities for those that asked."""
-        if members.plain:
-            tokens = list(map(next, members.sources))
-            for append, token in zip(members.appends, tokens, strict=True):
-                append(token)
+        tokens = list(map(next, members.sources))
+        for append, token in zip(members.appends, tokens, strict=True):
+            append(token)
+        if not members.special:
             return tokens, (), None
-        ids, drawn = members.ids, [sequence.advance() for sequence in members.sequences]
-        tokens = [token for token, _ in drawn]
+        ids, special = members.ids, members.special
+        stopped = tuple(ids[place] for place, sequence in special if sequence.stopped_by(tokens[place]))
         details = {
-            request_id: TokenLogprob(self._logprob, [(token, self._logprob)])
-            for request_id, sequence, token in zip(ids, members.sequences, tokens, strict=True)
+            ids[place]: TokenLogprob(self._logprob, [(tokens[place], self._logprob)])
+            for place, sequence in special
             if sequence.logprobs
         }
-        return tokens, tuple(compress(ids, (stopped for _, stopped in drawn))), details or None
+        return tokens, stopped, details or None
+
+    def faults(self, members: _Members) -> list[tuple[str, str]]:
+        """Requests whose outputs cannot be kept in their forms any longer, and why."""
+        return [
+            (members.ids[place], sequence.formed.matcher.fault)
+            for place, sequence in members.special
+            if sequence.formed is not None and sequence.formed.matcher.fault is not None
+        ]
+
+
+def _formed(prompt: Sequence[int], sampling: SamplingParams, matcher: Matcher) -> FormedTokens:
+    """The tokens of an output in a form: as `token_ids`, the same for the same prompt, seed and form."""
+    assert sampling.structured is not None
+    numbers = token_ids(prompt, sampling.seed, _NUMBERS)
+    return FormedTokens(matcher, sampling.structured.kind, numbers, sampling.min_tokens, sampling.max_tokens)
 
 
 # --------------------------------------------------------------------------------------------- executor
@@ -256,11 +287,9 @@ class RealTimeExecutor:
         return time.monotonic()
 
     def arrive(self, request: Request, sampling: SamplingParams, matcher: Matcher | None = None) -> None:
-        """Queue a request with its prompt. Raises DriftError when its id is in use, or its output has a form."""
-        if matcher is not None:
-            raise DriftError("a simulated device makes its tokens up and holds no output to a form")
+        """Queue a request with its prompt. Raises DriftError when its id is in use."""
         assert request.prompt is not None, f"request '{request.id}' has no prompt"
-        self._tokens.add(request.id, request.prompt, sampling)
+        self._tokens.add(request.id, request.prompt, sampling, matcher)
         self.post(RequestArrived(request))
 
     def post(self, event: Event) -> None:
@@ -291,7 +320,7 @@ class RealTimeExecutor:
     def _use_time(self, due: float) -> None:
         """What a real device does itself, or the host while that works."""
         if self._drawn is None and self._sizes["decode"]:
-            self._drawn = self._tokens.draw(self._decode)
+            self._drawn = self._draw(self._decode)
         if self.meanwhile is not None:
             self.meanwhile()
         while self._inbox.empty() and self.now() < due and self.kv.settle(SETTLED_AT_ONCE):
@@ -340,15 +369,22 @@ class RealTimeExecutor:
             return ()
         return tuple(chunk.request_id for chunk in block.chunks if chunk.last)
 
+    def _draw(self, members: _Members) -> _Drawn:
+        drawn = self._tokens.draw(members)
+        if members.special:
+            for request_id, why in self._tokens.faults(members):
+                self.post(RequestCancelled(request_id, FinishReason.FAILED, why))
+        return drawn
+
     def _with_tokens(self, event: Event) -> Event:
         match event:
             case PrefillDone(seconds):
                 self._sizes["prefill"] = 0
-                tokens, stopped, details = self._tokens.draw(self._prefill)
+                tokens, stopped, details = self._draw(self._prefill)
                 return PrefillDone(seconds, tokens, stopped, details)
             case DecodeDone(seconds):
                 self._sizes["decode"] = 0
-                drawn, self._drawn = self._drawn or self._tokens.draw(self._decode), None
+                drawn, self._drawn = self._drawn or self._draw(self._decode), None
                 tokens, stopped, details = drawn
                 return DecodeDone(seconds, tokens, stopped, details)
             case _:

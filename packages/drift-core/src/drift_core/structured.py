@@ -78,6 +78,7 @@ class Vocabulary:
 
     def __init__(self, definition: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self.vocab_size = vocab_size
+        self._tokens_of: dict[str, npt.NDArray[np.int64]] = {}
         self.eos_token_ids = tuple(token for token in eos_token_ids if 0 <= token < vocab_size)
         if not self.eos_token_ids:
             raise FormError("the model has no end-of-text token, which a form needs to end")
@@ -90,6 +91,15 @@ class Vocabulary:
         except ValueError as error:
             raise FormError(f"the model's tokenizer cannot be used for forms: {_line(str(error))}") from error
 
+    def tokens_of(self, characters: str) -> npt.NDArray[np.int64]:
+        """The tokens that are one of these ASCII characters each, where there are such tokens."""
+        known = self._tokens_of.get(characters)
+        if known is None:
+            found = (self.tokens.tokenize_bytes(character.encode()) for character in characters)
+            tokens = [split[0] for split in found if len(split) == 1 and split[0] < self.vocab_size]
+            known = self._tokens_of[characters] = np.array(tokens, np.int64)
+        return known
+
     @classmethod
     def of(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> Vocabulary:
         """Of a tokenizer. Raises FormError."""
@@ -99,7 +109,7 @@ class Vocabulary:
 class Matcher:
     """How far one output has come in its form. One thread at a time."""
 
-    __slots__ = ("_allowed", "_bits", "_inner", "_size", "ends", "fault")
+    __slots__ = ("_allowed", "_bits", "_inner", "_size", "ends", "fault", "vocabulary")
 
     def __init__(
         self, inner: llguidance.LLMatcher, vocabulary: Vocabulary, first: tuple[Bits, Allowed] | None = None
@@ -107,6 +117,7 @@ class Matcher:
         """first: what may come first, both ways, where that is known."""
         self._inner = inner
         self.ends = list(vocabulary.eos_token_ids)
+        self.vocabulary = vocabulary
         self._size = vocabulary.vocab_size
         self._bits: Bits | None = first[0] if first is not None else None
         self._allowed: Allowed | None = first[1] if first is not None else None
