@@ -183,6 +183,16 @@ def test_the_engine_is_asked_for_the_form_once_per_output(tmp_path: Path) -> Non
     run_with_gateway(body, ready=ready_in(tmp_path))
 
 
+def test_a_form_that_only_the_engine_does_not_take_is_the_fields_fault(tmp_path: Path) -> None:
+    async def body(under: UnderTest) -> None:
+        under.engine.reject = "structured.regex: this engine holds no output to a form"
+        with pytest.raises(api.InvalidRequest, match="this engine holds no output") as refusal:
+            await under.client.generate(token_ids=[1], regex="a").complete()
+        assert (refusal.value.reason, list(refusal.value.fields)) == ("INVALID_FIELD", ["structured.regex"])
+
+    run_with_gateway(body, ready=ready_in(tmp_path))
+
+
 def test_without_a_tokenizer_there_are_no_forms() -> None:
     async def body(under: UnderTest) -> None:
         with pytest.raises(

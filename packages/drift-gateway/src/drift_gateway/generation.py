@@ -14,6 +14,7 @@ from contextlib import aclosing
 
 import grpc
 
+from drift_core.frames import FinishedItem
 from drift_core.link import Submission
 from drift_core.tokenizer import IncrementalDetokenizer
 from drift_gateway import prompts
@@ -24,7 +25,7 @@ from drift_gateway.gate import Gate, GateLimits, Verdict
 from drift_gateway.observe.request_record import Recorder, RequestRecord, tell
 from drift_gateway.observe.splits_used import SplitsUsed
 from drift_gateway.outputs import Output
-from drift_gateway.refusal import Reason, Refusal, refusals_as_statuses
+from drift_gateway.refusal import Reason, Refusal, invalid, refusals_as_statuses
 from drift_gateway.supervisor import Served, Supervisor
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
@@ -221,8 +222,7 @@ def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.
     for request in submission.requests:
         end = request.finished
         if end is not None and end.reason == FinishReason.REJECTED.value:
-            reason = Reason.REQUEST_ID_IN_USE if end.id_in_use else Reason.NEVER_FITS
-            raise Refusal(reason, end.message or "the scheduler rejected the request")
+            raise _rejected(admitted, end)
     accepted = pb.Accepted(
         request_id=admitted.request_id,
         model=served.ready.model,
@@ -239,3 +239,13 @@ def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.
     if admitted.demoted:
         accepted.demoted = True
     return pb.GenerateResponse(accepted=accepted)
+
+
+def _rejected(admitted: Admitted, end: FinishedItem) -> Refusal:
+    """What an engine's rejection is to the client: a form that it does not take is the field's fault."""
+    if end.id_in_use:
+        return Refusal(Reason.REQUEST_ID_IN_USE, end.message)
+    form = admitted.sampling.structured
+    if form is not None and end.message.startswith(f"{form.field}: "):
+        return invalid(form.field, end.message.removeprefix(f"{form.field}: "))
+    return Refusal(Reason.NEVER_FITS, end.message or "the scheduler rejected the request")
