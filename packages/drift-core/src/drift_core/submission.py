@@ -31,7 +31,7 @@ TURNS_BESIDE_CALLS: Final = 12
 """Readers let go in one pass after a call has come. gRPC needs several passes to take one, so short ones let calls in
 under load: `bench/rejections.py` under streams shows how long refusals wait."""
 
-CALL_TAKES_S: Final = 0.05
+CALL_TAKES_S: Final = 0.02
 """For so long a call that has come is being let in."""
 
 SHARE_OF_TBT: Final = 0.25
@@ -138,7 +138,7 @@ class Submission:
     def passed_on(self, error: BaseException | None = None) -> None:
         """What `pass_on` was given has been sent, or could not be: then `changed` raises that."""
         self._passing_on = False
-        if error is not None and self._error is None:
+        if error is not None and self._error is None and not self._left:
             self._error = error
         if self._error is not None:
             self.let_go(time.monotonic())
@@ -165,7 +165,7 @@ class Submission:
     def cancel(self) -> None:
         """Cancel those that have not ended, and hear no more of any."""
         self._left = True
-        self._take, self.pass_on = None, _nothing  # which refer to this, with all its tokens' times
+        self._take, self.pass_on, self._error = None, _nothing, None  # which refer to this, with all its tokens
         self._drop()
 
     def notify(self, urgent: bool = False) -> None:
