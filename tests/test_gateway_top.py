@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from gateway_under_test import PATIENCE_S, UnderTest, run_with_gateway
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -203,6 +203,7 @@ def test_a_long_name_of_a_class_takes_no_room_from_its_numbers(width: int) -> No
     assert line.rstrip().endswith("1.50/s")
 
 
+@settings(deadline=None)
 @given(
     st.integers(40, 140),
     st.lists(
