@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 from cancel_storm import PATIENCE_S, Storm, storm
+from gateway_under_test import UnderTest, run_with_gateway
 
-from drift_core.frames import StepFrame
-from drift_core.link import EngineClient
+from drift_core.frames import StepFrame, Submit
+from drift_core.link import EngineClient, Submission
 
 CLIENT = """
 import sys
@@ -50,6 +54,42 @@ def test_random_cancellations_leave_no_page_no_task_and_no_descriptor() -> None:
         assert after.descriptors <= before.descriptors
 
     run(body)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_cancelled_request_is_gone_without_a_look_for_garbage(
+    monkeypatch: pytest.MonkeyPatch, outputs: int
+) -> None:
+    """Such looks are rare in a gateway, and it keeps all of a request until then: tokens, times, its text."""
+    submitted: list[weakref.ref[Submission]] = []
+    submit = EngineClient.submit
+
+    def noting(self: EngineClient, frames: Sequence[Submit]) -> Submission:
+        submission = submit(self, frames)
+        submitted.append(weakref.ref(submission))
+        return submission
+
+    monkeypatch.setattr(EngineClient, "submit", noting)
+
+    async def body(under: UnderTest) -> None:
+        gc.disable()
+        try:
+            for number in range(1, 4):
+                generation = under.client.generate(token_ids=[1], max_tokens=4000, n=outputs)
+                events = aiter(generation)
+                under.engine.step(3)
+                for _ in range(2):
+                    await anext(events)
+                generation.cancel()
+                await under.until(lambda engine, due=number * outputs: len(engine.cancels()) == due)
+            async with asyncio.timeout(10.0):
+                while any(reference() is not None for reference in submitted):
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+        assert len(submitted) == 3
+
+    run_with_gateway(body, paused=True)
 
 
 def test_a_killed_clients_pages_are_free_within_a_step_of_its_being_noticed(

@@ -165,7 +165,8 @@ class Submission:
     def cancel(self) -> None:
         """Cancel those that have not ended, and hear no more of any."""
         self._left = True
-        self._take, self.pass_on, self._error = None, _nothing, None  # which refer to this, with all its tokens
+        self._take, self.pass_on = None, _nothing  # which refer to this, with all its tokens' times
+        self._error = None  # whose traceback does, too
         self._drop()
 
     def notify(self, urgent: bool = False) -> None:

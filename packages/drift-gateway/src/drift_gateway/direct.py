@@ -42,8 +42,9 @@ class DirectWriter:
             future._asyncio_future_blocking = False  # as a task says that it has seen what it awaits
             future.add_done_callback(self._go_on)
 
-    def _go_on(self, _: asyncio.Future[None]) -> None:
+    def _go_on(self, done: asyncio.Future[None]) -> None:
         """What the write waited for is done, one way or the other: the coroutine sees which."""
+        del done  # which has the error, whose traceback has this frame: a cycle
         assert self._coroutine is not None
         try:
             future = self._coroutine.send(None)

@@ -67,6 +67,7 @@ class Generations:
             raise
         finally:
             record.end(error)
+            error = None  # whose traceback has this frame: a cycle that would keep all of the request
             tell(self.recorders, record)
 
     async def _responses(
