@@ -41,7 +41,7 @@ else:
 class Block:
     """Steps one after another, and the tokens that they brought: each request's lie side by side, in its slot.
 
-    `token_ids` (`slots` * `width`) int32, slot after slot: what a reader takes is in one or two lines of the
+    `token_ids` (slots * `width`) int32, slot after slot: what a reader takes is in one or two lines of the
     processor's cache and not in one for each token. `rows`: how many steps there are, each of a `times` in seconds and
     a `micros` (`width`) int64 in whole microseconds. `first`: how many steps were there before. `next`: the block that
     follows.
@@ -55,14 +55,13 @@ class Block:
         "micros",
         "next",
         "rows",
-        "slots",
         "times",
         "token_ids",
         "width",
     )
 
     def __init__(self, slots: int, first: int) -> None:
-        self.slots, self.first = slots, first
+        self.first = first
         self.width = MAX_ROWS + ROWS_BETWEEN
         self.rows = 0
         columns = np.empty((slots, self.width), np.int32)
