@@ -16,7 +16,6 @@ from gateway_under_test import END_OF_TEXT, UnderTest, narrow_client, ready_in, 
 
 from drift_core import submission
 from drift_core.frames import Cancel, Submit
-from drift_core.link import EngineClient
 from drift_gateway import client as api
 from drift_gateway.request_errors import RequestError
 from drift_gateway.v1 import generation_pb2 as pb
@@ -68,25 +67,6 @@ def test_accepted_then_tokens_in_order_then_one_finished() -> None:
         assert all(before <= after for before, after in pairwise(offsets))
         assert events[-1].usage == api.Usage(3, 1, 150)
         assert events[-1].reason == "length"
-
-    run_with_gateway(body)
-
-
-def test_every_call_makes_way_for_itself_refused_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = 0
-
-    def make_way(client: EngineClient) -> None:
-        nonlocal calls
-        calls += 1
-
-    monkeypatch.setattr(EngineClient, "make_way", make_way)
-
-    async def body(under: UnderTest) -> None:
-        before = calls
-        await events_of(under.client.generate(token_ids=[1], max_tokens=2))
-        with pytest.raises(RequestError):
-            await events_of(under.client.generate(token_ids=[], max_tokens=2))
-        assert calls == before + 2
 
     run_with_gateway(body)
 

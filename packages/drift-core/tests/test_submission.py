@@ -125,34 +125,6 @@ def test_only_so_many_go_per_pass_and_the_rest_find_more() -> None:
     run(body)
 
 
-def test_passes_are_short_while_a_call_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body(world: World) -> None:
-        world.turns = Turns(at_once=6, beside_calls=2)
-
-        async def passes() -> list[int]:
-            world.order.clear()
-            for reader in readers:
-                told(reader, 1.0)
-            world.turns.give()
-            sizes = []
-            while len(world.order) < len(readers):
-                before = len(world.order)
-                await asyncio.sleep(0)
-                sizes.append(len(world.order) - before)
-            return [size for size in sizes if size]
-
-        readers = [await world.reader(str(number)) for number in range(12)]
-        assert max(await passes()) == 6
-        monkeypatch.setattr(module, "CALL_TAKES_S", 1e9)
-        world.turns.make_way()
-        assert max(await passes()) == 2
-        monkeypatch.setattr(module, "CALL_TAKES_S", 0.0)
-        world.turns.make_way()
-        assert max(await passes()) == 6
-
-    run(body)
-
-
 def test_news_that_comes_while_a_reader_is_busy_waits_for_its_turn() -> None:
     async def body(world: World) -> None:
         free = asyncio.Event()

@@ -298,10 +298,6 @@ class EngineClient:
         """Ask whether the engine's loop is alive; `pong` gets the answer."""
         self._send(Ping(number))
 
-    def make_way(self) -> None:
-        """A call has come that is to be let in soon, whatever there is to tell those who read."""
-        self._turns.make_way()
-
     async def ask(self, make: Callable[[int], Call | Join]) -> Answer:
         """Have the engine do what `make(call number)` says, between two of its steps. Raises EngineGone."""
         if self.gone.done() or self._transport is None:

@@ -23,16 +23,11 @@ from typing import Any, Final, Protocol
 from drift_core.progress import Progress
 from drift_scheduler.errors import DriftError
 
-TURNS_AT_ONCE: Final = 24
-"""Readers let go in one pass of the event loop. More at once take less time each: the processor does the same things
-one after another, and gRPC's thread, which hears of messages sent, is woken less often."""
-
-TURNS_BESIDE_CALLS: Final = 12
-"""Readers let go in one pass after a call has come. gRPC needs several passes to take one, so short ones let calls in
-under load: `bench/rejections.py` under streams shows how long refusals wait."""
-
-CALL_TAKES_S: Final = 0.02
-"""For so long a call that has come is being let in."""
+TURNS_AT_ONCE: Final = 12
+"""Readers let go in one pass of the event loop. gRPC needs several passes to take one new call, so short ones let calls
+in under load: `bench/rejections.py` under streams shows how long refusals wait. More at once take less time each, as
+the processor does the same things one after another: at 12 a message takes a tenth less than at 6; at 24 or 48 it takes
+a twentieth less than at 12, and refusals twice as long."""
 
 SHARE_OF_TBT: Final = 0.25
 """Of a request's TBT target, what its tokens may wait for others' before they are the more urgent ones."""
@@ -287,18 +282,16 @@ class Submission:
 
 
 class Turns:
-    """Readers with news, most urgent first, let go `at_once` per pass of the event loop, or `beside_calls` while calls
-    are being let in.
+    """Readers with news, most urgent first, let go `at_once` per pass of the event loop.
 
     `hold`, 0 to 1: how much of a quarter of their target tokens are kept for others to come.
     """
 
-    def __init__(self, at_once: int = TURNS_AT_ONCE, beside_calls: int = TURNS_BESIDE_CALLS) -> None:
+    def __init__(self, at_once: int = TURNS_AT_ONCE) -> None:
         self.hold = 0.0
         self.idle: dict[Submission, None] = {}
         """Readers that wait and have no news."""
-        self._at_once, self._beside_calls = at_once, min(at_once, beside_calls)
-        self._calls_until = 0.0
+        self._at_once = at_once
         self._waiting: list[tuple[float, int, deque[Submission]]] = []  # a heap, by when they are due
         self._count = 0
         self._scheduled = False
@@ -357,10 +350,6 @@ class Turns:
             self.hold = max(0.0, self.hold - (at - self._step) / HOLD_EASES_S)
         self._soon, self._step = at + 2 * (at - self._step), at
 
-    def make_way(self) -> None:
-        """A call came that is to be let in: passes are short for a while."""
-        self._calls_until = time.monotonic() + CALL_TAKES_S
-
     def give(self) -> None:
         """Let the first of them go now, unless others were let go in this pass already."""
         if not self._scheduled:
@@ -376,19 +365,18 @@ class Turns:
         self._scheduled = False
         now = time.monotonic()
         # All messages are made, and then all are sent: what does the one is at hand while it is done.
-        count = self._at_once if now > self._calls_until else self._beside_calls
-        ready = [(submission, submission.let_go(now)) for submission in self._first(count)]
+        ready = [(submission, submission.let_go(now)) for submission in self._first()]
         for submission, taken in ready:
             if taken is not None:
                 submission.pass_on(taken)
         if self._waiting:
             self.soon()
 
-    def _first(self, count: int) -> list[Submission]:
-        """So many whose turn it is, who wait no longer."""
+    def _first(self) -> list[Submission]:
+        """Those whose turn it is, who wait no longer."""
         waiting = self._waiting
         first: list[Submission] = []
-        while waiting and len(first) < count:
+        while waiting and len(first) < self._at_once:
             alike = waiting[0][2]
             first.append(alike.popleft())
             if not alike:

@@ -6,11 +6,8 @@ Reads the clock once per call. Knows nothing of what is asked.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final
-
-import grpc
 
 TRACE_CONTEXT: Final = ("traceparent", "tracestate")
 
@@ -38,19 +35,3 @@ def call_of(context: Any) -> Call:
         if key in TRACE_CONTEXT and isinstance(value, str)
     )
     return Call(now, None if left is None else now + left, context.peer(), trace)
-
-
-class CallNotifier(grpc.aio.ServerInterceptor):
-    """Tells `came` of every call, before anything else is done about it."""
-
-    def __init__(self, came: Callable[[], None]) -> None:
-        self._came = came
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[Any], Awaitable[Any]],
-        details: Any,
-    ) -> Any:
-        """The handler that there is without this."""
-        self._came()
-        return await continuation(details)

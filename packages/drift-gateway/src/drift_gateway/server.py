@@ -22,7 +22,6 @@ from grpc_reflection.v1alpha import reflection
 
 from drift_core.link import EngineClient
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
-from drift_gateway.calls import CallNotifier
 from drift_gateway.compat import add_services
 from drift_gateway.gate import GateLimits
 from drift_gateway.generation import Generations, GenerationService
@@ -188,8 +187,7 @@ class Gateway:
         supervisor.known_tenants = self.security.known_tenants
         self._health = health.aio.HealthServicer()
         options = (PORT_OF_ONE if process[1] == 1 else PORT_OF_SEVERAL, *SERVER_OPTIONS[1:])
-        interceptors = (CallNotifier(supervisor.call_came), *self.security.interceptors)
-        self._server = grpc.aio.server(options=options, interceptors=interceptors)
+        self._server = grpc.aio.server(options=options, interceptors=self.security.interceptors)
         limits = limits if limits is not None else GateLimits(max_in_flight)
         self.generations = Generations(supervisor, limits)
         generation = GenerationService(supervisor, self.generations)

@@ -451,11 +451,6 @@ class Supervisor:
         log.error("%s; it is ended", reason)
         client.end(reason)
 
-    def call_came(self) -> None:
-        """Somebody wants to be let in, whoever else is being served."""
-        if self._client is not None:
-            self._client.make_way()
-
     def _step(self, frame: StepFrame) -> None:
         self.timeline.step(frame)
         self.stats.step(frame)
