@@ -376,8 +376,8 @@ class Supervisor:
         submission = self._submissions.get(request_id)
         if submission is None:
             return False
+        submission.cancel()  # now, however long its reader takes to notice; this forgets errors, so it comes first
         submission.fail(refusal)
-        submission.cancel()  # now, however long its reader takes to notice
         return True
 
     def abort_by_admin(self, request_ids: Sequence[str] | None) -> list[str]:
