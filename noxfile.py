@@ -28,6 +28,7 @@ TEST_TOOLS = (
     "buf-bin",
     "pytest",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     "jsonschema",
     "opentelemetry-sdk",
@@ -35,10 +36,14 @@ TEST_TOOLS = (
     "transformers",
     "trustme",
 )
+# A process of pytest per core, but no more than memory is for: each holds torch and transformers, half a GB.
+ALL_AT_ONCE = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
 TYPE_TOOLS = ("mypy", "types-grpcio", "types-protobuf")
 STUB_TOOLS = ("grpcio-tools==1.81.1", "mypy-protobuf", "buf-bin")
 # What proto/ said when it was last committed; it may only ever say more.
 BASELINE = "proto/baseline.binpb"
+# Where protoc's stubs are kept.
+STUBS = "packages/drift-gateway/src"
 # Clients nobody here wrote, each group in an environment of its own: they want different releases of protobuf.
 TRITON_CLIENT = ("tritonclient[grpc]==2.73.0",)
 OPENAI_CLIENT = ("smg==1.13.0", "openai==3.54.0")
@@ -66,8 +71,10 @@ def workshop(session: nox.Session) -> None:
 
 @nox.session(python=False, requires=["workshop"])
 def tests(session: nox.Session) -> None:
-    """Run all tests; arguments after -- go to pytest."""
-    _in_workshop(session, "pytest", *session.posargs)
+    """Run all tests, as many at once as there are cores; arguments after -- go to pytest, which then runs alone."""
+    # Tests start hundreds of processes, each of which would compile Drift anew where bytecode may not be kept.
+    env = {"PYTHONDONTWRITEBYTECODE": ""}
+    _in_workshop(session, "pytest", *(session.posargs or ALL_AT_ONCE), **env)
 
 
 @nox.session(python=False, requires=["workshop"])
@@ -146,15 +153,18 @@ def proto(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, *STUB_TOOLS)
     session.run("buf", "lint")
     session.run("buf", "breaking", "--against", BASELINE)
-    out = "packages/drift-gateway/src"
-    before = _stubs(out)
-    session.run("buf", "build", "--exclude-source-info", "--output", BASELINE)
+    # Beside the tree, where other sessions may be reading; only what differs is put into it.
+    made = Path(session.create_tmp()).resolve() / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    out = made / STUBS
+    out.mkdir(parents=True)
+    (made / BASELINE).parent.mkdir()
+    session.run("buf", "build", "--exclude-source-info", "--output", str(made / BASELINE))
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "proto").rglob("*.proto"))
     options = [f"--{kind}_out={out}" for kind in ("python", "pyi", "grpc_python")]
     options.append(f"--mypy_grpc_out=quiet:{out}")  # types of services and stubs
     session.run("python", "-m", "grpc_tools.protoc", "-Iproto", *options, *sources)
-    after = _stubs(out)
-    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    changed = _renew(made)
     if changed:
         session.error(
             f"stubs or baseline differed from what proto/ says and were rewritten; commit {', '.join(changed)}"
@@ -252,10 +262,17 @@ def _fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _stubs(folder: str) -> dict[str, bytes]:
-    found = [path for path in (ROOT / folder).rglob("*_pb2*") if path.suffix in {".py", ".pyi"}]
-    found += [ROOT / BASELINE] if (ROOT / BASELINE).is_file() else []
-    return {str(path.relative_to(ROOT)): path.read_bytes() for path in found}
+def _renew(made: Path) -> list[str]:
+    """Put every file below `made` that differs from the repository's into its place there; return their paths."""
+    changed = []
+    for path in sorted(file for file in made.rglob("*") if file.is_file()):
+        name = path.relative_to(made)
+        here = ROOT / name
+        if not here.is_file() or here.read_bytes() != path.read_bytes():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, here)
+            changed.append(str(name))
+    return changed
 
 
 def _build(session: nox.Session, name: str, folder: Path) -> Path:

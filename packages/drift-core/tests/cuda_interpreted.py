@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "packages" / "drift-kernels" / "
 import torch  # noqa: E402
 from bf16_interpreter import corrected  # noqa: E402
 from gpu_parts import findings, kernels, speed  # noqa: E402
+from patched_once import patched_once  # noqa: E402
 
 from drift_core.cuda import torch_cuda  # noqa: E402
 from drift_core.cuda.stub import StubDevice  # noqa: E402
@@ -61,7 +62,7 @@ def main() -> None:
     for module in (findings, speed):
         module.milliseconds = lambda run, *_: (run(), 1.0)[1]  # type: ignore[attr-defined]
         module.graph_of = lambda run, *_: (run(), SimpleNamespace(replay=lambda: None))[1]  # type: ignore[attr-defined]
-    with corrected(), torch.inference_mode():
+    with corrected(), patched_once(), torch.inference_mode():
         for name, error in checks().items():
             print(f"{name}\t{error}")
         rates()

@@ -20,6 +20,7 @@ import cuda_world as world  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bf16_interpreter import corrected  # noqa: E402
+from patched_once import patched_once  # noqa: E402
 
 from drift_core.cuda import kernels  # noqa: E402
 from drift_core.cuda.executor import CudaExecutor  # noqa: E402
@@ -103,7 +104,7 @@ def main() -> None:
     load = world.Load(
         3, prompt=(3, 36), output=(2, 4), params=lambda index: drawn if index == 1 else world.GREEDY
     )
-    with corrected():
+    with corrected(), patched_once():
         for policy in sys.argv[1:]:
             tokens = []
             for made in (kernels.TritonKernels(shape, 90, dtype), kernels.ReferenceKernels(shape)):

@@ -212,13 +212,14 @@ def test_the_engine_path_runs_without_msgspec() -> None:
         from drift_scheduler.cost.fitted import FittedCost
         from drift_scheduler.cost.table import read_table, write_table
         from gpu_parts import engine, facts, goodput, kernels, partitions, peer, profiling, serving, speed, subject
-        executor = stub_executor(StubDevice(UNITS))
+        executor = stub_executor(StubDevice(UNITS, runs=False))
         table = executor.profile(executor.plan_grid(max_running=8, full=False), "tiny", lambda fraction: None)
         path = Path(tempfile.mkdtemp()) / "table.json"
         write_table(table, path)
         again = read_table(path)
         assert again == table, (again, table)
         assert FittedCost(again).deviations()
+        executor = stub_executor(StubDevice(UNITS))
         executor.warm_up()
         assert len(run(executor, Load(3), "gang")) == 3
         assert "click" not in sys.modules and "rich" not in sys.modules
@@ -293,7 +294,7 @@ def test_a_trial_holds_at_a_low_rate_and_fails_at_a_high_one(small_workload: str
             executor, FACTORIES["gang"](), FlatCosts(), requests, rate, max_running=8, most_seconds=60.0
         )
 
-    rate, trials = serving.search(one, 2.0, trials=4, factor=4.0)
+    rate, trials = serving.search(one, 6.0, trials=4, factor=4.0)
     assert trials[0].holds
     assert not trials[-1].holds or rate == trials[-1].rate
     assert any(not outcome.holds for outcome in trials)
@@ -303,11 +304,14 @@ def test_a_trial_holds_at_a_low_rate_and_fails_at_a_high_one(small_workload: str
     assert len(executor._sequences) == 0
 
 
-def test_a_cell_of_goodput_tries_every_policy(small_workload: str, tmp_path: Path) -> None:
+def test_a_cell_of_goodput_tries_every_policy(
+    small_workload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stub = StubDevice(UNITS, cost, runs=False)
     executor = stub_executor(stub)
     table = executor.profile(executor.plan_grid(max_running=8, full=False), "tiny", lambda fraction: None)
     executor.warm_up()
+    monkeypatch.setattr(goodput, "REQUESTS", (40, 80))
     options = findings.Options(True, 1e18, tmp_path, ROOT)
     found = findings.Findings()
     results = found.data["small:50"] = {"policies": {}}

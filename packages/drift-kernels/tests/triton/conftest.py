@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)
-def _right_about_bf16() -> Iterator[None]:
+def _right_about_bf16_and_quicker() -> Iterator[None]:
     from bf16_interpreter import corrected
+    from patched_once import patched_once
 
-    with corrected():
+    with corrected(), patched_once():
         yield
