@@ -296,7 +296,7 @@ for event in DriftClient(sys.argv[1]).generate(token_ids=[1], max_tokens=4000):
 def test_a_client_process_that_dies_or_hangs_is_noticed_and_its_request_cancelled(
     how: signal.Signals,
 ) -> None:
-    """A killed one at once; a stopped one when it answers no ping (about 7 s)."""
+    """A killed one at once; a stopped one when it answers no ping (about 9 s)."""
 
     async def body(under: UnderTest) -> None:
         command = [sys.executable, "-c", CLIENT, under.target]

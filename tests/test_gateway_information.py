@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from drift_core.frames import FinishedItem, LoadItem, StepFrame, TokensItem, pack_ids
 from drift_gateway import client as api
+from drift_gateway.observe.splits_used import SplitsUsed
 from drift_gateway.observe.timeline import Stretch, Timeline, Use
 from drift_gateway.server import GENERATION, INFO
 from drift_gateway.v1 import info_pb2 as pb
@@ -225,3 +226,17 @@ def test_an_engine_that_is_gone_uses_nothing() -> None:
     assert timeline.load is None
     assert [stretch.use for stretch in watcher.take(3.0)[0]] == [Use(None, None, 0, 1), Use()]
     assert (timeline.tokens_generated, timeline.requests_finished) == (2, 1)
+
+
+def test_of_steps_told_of_together_each_counts() -> None:
+    timeline, splits = Timeline(), SplitsUsed()
+    splits.watch(["a"])
+    begun = StepFrame(1.0, tokens=[TokensItem(["a"], pack_ids([1]), True)], partition=(1, 3))
+    few = StepFrame(2.0, tokens=[TokensItem(["a"], pack_ids([2]))], partition=(2, 2))
+    many = StepFrame(5.0, tokens=[TokensItem(["a"], pack_ids([3]))], partition=(2, 2))
+    end = StepFrame(6.0, finished=[FinishedItem("a", "stop", output_tokens=5)])
+    for frame, steps in ((begun, 1), (few, 1), (many, 3), (end, 1)):
+        timeline.step(frame, steps)
+        splits.step(frame, steps)
+    assert timeline.tokens_generated == 1 + 1 + 3
+    assert splits.of("a") == (2, 2)

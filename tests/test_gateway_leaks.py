@@ -112,9 +112,9 @@ def test_a_killed_clients_pages_are_free_within_a_step_of_its_being_noticed(
         frames: list[StepFrame] = []
         ahead = storming.supervisor.ahead.step
 
-        def watching(frame: StepFrame) -> None:
+        def watching(frame: StepFrame, steps: int) -> None:
             frames.append(frame)
-            ahead(frame)
+            ahead(frame, steps)
 
         monkeypatch.setattr(storming.supervisor.ahead, "step", watching)
         client = subprocess.Popen(

@@ -66,6 +66,18 @@ def test_what_others_have_before_a_newcomer_counts_in_its_forecast() -> None:
     assert (ahead.outputs, ahead.promised_pages) == (0, 0)
 
 
+def test_others_that_cannot_end_sooner_are_expected_to_hold_as_many_pages_as_own_ones() -> None:
+    def promised(**fields: int) -> int:
+        ahead = WorkloadAhead()
+        ahead.engine(total_pages=1000, page_tokens=10, max_running=4)
+        other = msgspec.structs.replace(OTHER, prompt_tokens=100, max_tokens=1000, **fields)
+        ahead.step(told(0.0, accepted=[other]))
+        return ahead.promised_pages
+
+    assert promised(min_tokens=900) == 10 + 90
+    assert promised(min_tokens=0) < 10 + 90
+
+
 def test_the_length_of_steps_is_learned_from_others_tokens_too() -> None:
     def gap_of(steps: list[StepFrame]) -> float | None:
         ahead = WorkloadAhead()

@@ -298,3 +298,25 @@ def test_an_engine_that_says_it_is_overloaded_is_believed_by_all_who_queue_last(
     assert ahead.forecast(Newcomer(500, 10), 0.0).ttft == pytest.approx(0.5)
     ahead.step(StepFrame(0.1, load=LoadItem(0, 2, 900)))
     assert ahead.forecast(Newcomer(500, 10, priority=5), 0.1).ttft == pytest.approx(0.6, rel=0.2)
+
+
+def test_steps_told_of_together_teach_what_each_would() -> None:
+    def taught(together: int) -> Forecast:
+        ahead = ledger(max_running=64)
+        for batch in (2, 4):
+            ids = [f"{batch}-{k}" for k in range(batch)]
+            ahead.add(ids, Newcomer(10, 1000, outputs=batch), 0.0)
+            begun = batch * 100.0
+            first(ahead, begun, *ids, decode_requests=batch)
+            for name in [f"2-{k}" for k in range(2)] if batch == 4 else []:
+                ahead.remove(name)
+            for step in range(together, 241, together):
+                tokens = [TokensItem(ids, pack_ids([1] * batch))]
+                now = begun + step * 0.01 * batch
+                ahead.step(StepFrame(now, tokens=tokens, decode_requests=batch), together)
+        return ahead.forecast(Newcomer(10, 1000), 500.0)
+
+    alone, several = taught(1), taught(4)
+    assert alone.gap == pytest.approx(0.05, rel=0.05)
+    assert several.gap == pytest.approx(alone.gap, rel=0.05)
+    assert several.e2e == pytest.approx(alone.e2e, rel=0.05)

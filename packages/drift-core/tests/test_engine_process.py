@@ -38,7 +38,7 @@ def config(**fields: Any) -> EngineConfig:
 async def engine(
     settings: EngineConfig, starting: list[Starting], steps: list[StepFrame]
 ) -> AsyncIterator[tuple[EngineClient, Any]]:
-    client = await EngineClient.listen(starting.append, steps.append)
+    client = await EngineClient.listen(starting.append, lambda frame, _: steps.append(frame))
     process = multiprocessing.get_context("spawn").Process(
         target=run_engine, args=(msgspec.to_builtins(settings), str(client.path))
     )

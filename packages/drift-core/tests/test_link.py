@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import stat
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,7 @@ from drift_core.frames import (
     Cancel,
     Failed,
     FinishedItem,
+    Others,
     Ready,
     Shutdown,
     Starting,
@@ -32,7 +36,15 @@ from drift_core.frames import (
     encode_frame,
     pack_ids,
 )
-from drift_core.link import ITEMS_PER_LOOK, EngineClient, EngineFailed, EngineGone, EngineLink, Submission
+from drift_core.link import (
+    ITEMS_PER_LOOK,
+    EngineClient,
+    EngineFailed,
+    EngineGone,
+    EngineLink,
+    OnStep,
+    Submission,
+)
 from drift_core.sampling_params import SamplingParams
 
 WAIT = 20.0
@@ -67,19 +79,26 @@ class Engine:
         return self.frames
 
 
+@asynccontextmanager
+async def connected(on_step: OnStep | None = None) -> AsyncIterator[tuple[EngineClient, Engine]]:
+    """Both ends, connected, the engine ready."""
+    client = await EngineClient.listen(on_step=on_step)
+    engine = await asyncio.to_thread(Engine, client.path)
+    engine.link.send(READY)
+    try:
+        assert await asyncio.wait_for(client.ready(), WAIT) == READY
+        yield client, engine
+    finally:
+        await client.close()
+        await asyncio.to_thread(engine.link.close)
+
+
 def joined(body: Callable[[EngineClient, Engine], Awaitable[None]]) -> None:
     """Run `body` with both ends connected and the engine ready."""
 
     async def run() -> None:
-        client = await EngineClient.listen()
-        engine = await asyncio.to_thread(Engine, client.path)
-        engine.link.send(READY)
-        assert await asyncio.wait_for(client.ready(), WAIT) == READY
-        try:
+        async with connected() as (client, engine):
             await body(client, engine)
-        finally:
-            await client.close()
-            await asyncio.to_thread(engine.link.close)
 
     asyncio.run(run())
 
@@ -342,3 +361,87 @@ def test_a_stuck_engine_process_ends_with_its_gateway() -> None:
             process.wait()
 
     asyncio.run(run())
+
+
+def told_of(reads: list[list[StepFrame]]) -> tuple[list[tuple[float, int]], list[int]]:
+    """The times of the frames that `on_step` saw, each with its steps, and the tokens that "a#0" got, when frames come
+    in such reads."""
+    told: list[tuple[float, int]] = []
+
+    async def run() -> list[int]:
+        async with connected(lambda frame, steps: told.append((frame.time, steps))) as (client, _):
+            submission = client.submit([submit("a#0")])
+            for frames in reads:
+                client.receive(frames)
+            return submission.requests[0].take()[0]
+
+    return told, asyncio.run(run())
+
+
+def test_steps_that_come_together_and_go_on_alike_are_told_of_once() -> None:
+    ids = ["a#0"]
+
+    def step(now: float, batch: int = 1) -> StepFrame:
+        return StepFrame(now, tokens=[TokensItem(ids, pack_ids([int(now)]))], decode_requests=batch)
+
+    first = StepFrame(1.0, tokens=[TokensItem(["a#0"], pack_ids([1]), True)], decode_requests=1)
+    rest = [step(2.0), step(3.0), step(4.0), step(5.0), step(6.0, 2), step(7.0, 2)]
+    end = StepFrame(8.0, finished=[FinishedItem("a#0", "length")])
+    frames = [first, *rest, end]
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    each = [(float(now), 1) for now in range(1, 9)]
+    assert told_of([[frame] for frame in frames]) == (each, tokens)
+    # The second has other requests than the first, for all that is known; the batch changes at the sixth.
+    together = [(1.0, 1), (2.0, 1), (5.0, 3), (6.0, 1), (7.0, 1), (8.0, 1)]
+    assert told_of([frames]) == (together, tokens)
+    assert told_of([frames[:4], frames[4:]]) == (
+        [(1.0, 1), (2.0, 1), (4.0, 2), (5.0, 1), (6.0, 1), (7.0, 1), (8.0, 1)],
+        tokens,
+    )
+
+
+def test_however_many_steps_come_together_each_request_has_the_same_tokens_and_times() -> None:
+    names = [f"{k}#0" for k in range(7)]
+
+    def steps(chance: random.Random) -> list[StepFrame]:
+        """Requests come and go every few dozen steps; in between the list of their ids is one and the same."""
+        frames, ids = [], names[:3]
+        for step in range(1500):
+            if chance.random() < 0.03:
+                ids = chance.sample(names, chance.randrange(1, 8))
+            items = [TokensItem(ids, pack_ids(chance.randrange(3000) for _ in ids))]
+            frames.append(StepFrame(step * 0.01, tokens=items, decode_requests=len(ids)))
+        return frames
+
+    async def told(frames: list[StepFrame], together: Callable[[], int]) -> list[Any]:
+        async with connected() as (client, _):
+            submissions = [client.submit([submit(name)]) for name in names]
+            taken: list[list[Any]] = [[] for _ in names]
+            while frames:
+                count = together()
+                read, frames = frames[:count], frames[count:]
+                client.receive(read)
+                for submission, found in zip(submissions, taken, strict=True):
+                    if len(frames) % 7 == 0:
+                        token_ids, times, _ = submission.requests[0].take()
+                        found += zip(token_ids, times, strict=True)
+            for submission, found in zip(submissions, taken, strict=True):
+                found += zip(*submission.requests[0].take()[:2], strict=True)
+                assert list(submission.requests[0].times) == [at for _, at in found]
+            return taken
+
+    for seed in range(3):
+        chance = random.Random(seed)
+        frames = steps(chance)
+        one_by_one = asyncio.run(told(frames, lambda: 1))
+        assert asyncio.run(told(frames, lambda: chance.randrange(1, 40))) == one_by_one  # noqa: B023
+        assert asyncio.run(told(frames, lambda: 400)) == one_by_one
+        assert sum(map(len, one_by_one)) == sum(len(frame.tokens[0].ids) for frame in frames)
+
+
+def test_steps_are_told_of_one_by_one_where_other_gateways_have_a_part_in_them() -> None:
+    ids, others = ["a#0"], Others(tokens=3)
+    frames = [
+        StepFrame(float(now), tokens=[TokensItem(ids, pack_ids([now]))], others=others) for now in range(4)
+    ]
+    assert told_of([frames]) == ([(float(now), 1) for now in range(4)], [0, 1, 2, 3])

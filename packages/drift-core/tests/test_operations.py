@@ -33,7 +33,7 @@ def with_engine(body: Callable[[EngineClient, list[StepFrame]], Awaitable[None]]
 
     async def run() -> None:
         steps: list[StepFrame] = []
-        client = await EngineClient.listen(on_step=steps.append)
+        client = await EngineClient.listen(on_step=lambda frame, _: steps.append(frame))
         thread = threading.Thread(target=serve_socket, args=(settings, str(client.path)), daemon=True)
         thread.start()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -22,10 +23,17 @@ PATIENCE_S = 60.0
 
 
 class Seen(list[StepFrame]):
-    """The frames that a gateway got."""
+    """The frames that a gateway was told of."""
+
+    def add(self, frame: StepFrame, steps: int) -> None:
+        self.append(frame)
 
     def others(self) -> list[Others]:
         return [frame.others for frame in self if frame.others is not None]
+
+    def others_ended(self, count: int) -> bool:
+        """Whether so many requests of others have ended."""
+        return sum(len(each.finished) for each in self.others()) == count
 
 
 Body = Callable[[EngineClient, list[EngineClient], list[Seen]], Awaitable[None]]
@@ -33,7 +41,7 @@ Body = Callable[[EngineClient, list[EngineClient], list[Seen]], Awaitable[None]]
 
 @asynccontextmanager
 async def joined(first: EngineClient, seen: Seen) -> Any:
-    client = await EngineClient.listen(on_step=seen.append)
+    client = await EngineClient.listen(on_step=seen.add)
     try:
         answer = await first.ask(lambda call: Join(call, str(client.path)))
         assert answer.error == ""
@@ -54,7 +62,7 @@ def with_gateways(body: Body, count: int = 2) -> None:
 
     async def run() -> None:
         seen = [Seen() for _ in range(count + 1)]
-        first = await EngineClient.listen(on_step=seen[0].append)
+        first = await EngineClient.listen(on_step=seen[0].add)
         thread = threading.Thread(target=serve_socket, args=(settings, str(first.path)), daemon=True)
         thread.start()
         try:
@@ -98,7 +106,8 @@ def test_each_gateway_gets_its_own_requests_and_hears_of_the_others() -> None:
         assert [len(request.token_ids) for request in a.requests] == [40, 41, 42]
         assert [len(request.token_ids) for request in b.requests] == [30, 31, 32]
         assert all(request.accepted is not None for request in (*a.requests, *b.requests))
-        await until(lambda: sum(len(each.finished) for each in seen[0].others()) == 6)
+        for frames, ends in ((seen[0], 6), (seen[1], 3), (seen[2], 3)):
+            await until(functools.partial(frames.others_ended, ends))
         for frames, own, tokens in ((seen[1], "a", 93), (seen[2], "b", 123), (seen[0], "", 216)):
             told = {finished.id[0] for frame in frames for finished in frame.finished}
             assert told == set(own)
@@ -111,6 +120,9 @@ def test_each_gateway_gets_its_own_requests_and_hears_of_the_others() -> None:
             assert len(set(gone)) == (6 if not own else 3)
             assert all(request_id.count("#") == 2 for request_id in gone)
             assert {item.prompt_tokens for item in accepted} == {3}
+            least = {"a": {40, 41, 42}, "b": {30, 31, 32}}  # they ignore the end of text
+            theirs = set[int]().union(*(tokens for name, tokens in least.items() if name != own))
+            assert {item.min_tokens for item in accepted} == theirs
 
     with_gateways(body)
 
@@ -142,7 +154,7 @@ def test_a_gateway_that_goes_takes_its_own_requests_along_and_no_others() -> Non
         await clients[0].close()
         await ended(kept)
         assert len(kept.requests[0].token_ids) == 400
-        await until(lambda: sum(len(each.finished) for each in seen[0].others()) == 4)
+        await until(lambda: seen[0].others_ended(4))
         ends = [item for each in seen[0].others() for item in each.finished]
         assert [item.reason for item in ends if "lost" in item.id] == ["cancelled"] * 3
         load = seen[0][-1].load

@@ -292,4 +292,6 @@ def test_labels() -> None:
 def test_text_is_escaped() -> None:
     chart = Chart("<b>&", (0, 1), (0, 1))
     chart.line([(0, 0), (1, 1)], "#000", "a<b>", dots=True)
-    ET.fromstring(chart.render())
+    texts = list(ET.fromstring(chart.render()).itertext())
+    assert "<b>&" in texts
+    assert "a<b>" in texts

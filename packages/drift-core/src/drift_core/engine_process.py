@@ -196,7 +196,7 @@ class _Session:
             origin.send(StepFrame(now, finished=[item]))
 
         try:
-            entered = self._origins.enter(origin, frame.id)
+            entered = self._origins.enter(origin, frame.id, frame.sampling.least_tokens)
             named = frame if inside == frame.id else msgspec.structs.replace(frame, id=inside)
             engine.submit(named, refused)
         except (DriftError, ValueError) as error:

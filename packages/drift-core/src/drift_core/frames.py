@@ -240,7 +240,8 @@ class LoadItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class OtherItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request of another gateway that the scheduler has queued: as much of it as forecasts need.
 
-    `id` is the engine's own, which no gateway's requests have. `slo_tbt`: seconds.
+    `id` is the engine's own, which no gateway's requests have. `slo_tbt`: seconds. `min_tokens`: it does not end
+    sooner, unless at one of its stop strings, which only its gateway knows.
     """
 
     id: str
@@ -250,6 +251,7 @@ class OtherItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     slo_tbt: float
     slo_class: str
     cached_tokens: int | None = None
+    min_tokens: int = 0
 
 
 class Others(msgspec.Struct, frozen=True, array_like=True):

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, cast
 
@@ -55,6 +55,8 @@ ITEMS_PER_LOOK: Final = 64
 """After so many items of tokens readers that are busy are looked at, whether they lag."""
 
 EXIT_STATUS_ORPHANED: Final = 70
+
+OnStep = Callable[[StepFrame, int], None]
 
 
 class EngineGone(DriftError):
@@ -208,14 +210,15 @@ class EngineLink:
 class EngineClient:
     """The gateway's end, on an asyncio loop. Made by `listen`; then the engine is started with `path`.
 
-    `on_step` sees every StepFrame, `on_starting` every start-up frame. `gone` is done once the socket has ended,
+    `on_step` sees StepFrames, and of how many steps each is the last: those that come together and tell of nothing but
+    tokens are one to it. `on_starting` sees every start-up frame. `gone` is done once the socket has ended,
     its result a line that says how.
     """
 
     def __init__(
         self,
         on_starting: Callable[[Starting], None] | None = None,
-        on_step: Callable[[StepFrame], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.gone: asyncio.Future[str] = loop.create_future()
@@ -229,6 +232,9 @@ class EngineClient:
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
         self._columns = Columns(self._progress)
         self._items = 0
+        self._latest: StepFrame | None = None
+        self._going_on: list[StepFrame] = []  # of those after the latest, which bring tokens alone
+        self._came: float | None = None  # when the first step came whose tokens idle readers were not told of
         self._turns = Turns()
         self.pong: Pong | None = None
         """The latest answer to a `ping`."""
@@ -239,7 +245,7 @@ class EngineClient:
     async def listen(
         cls,
         on_starting: Callable[[Starting], None] | None = None,
-        on_step: Callable[[StepFrame], None] | None = None,
+        on_step: OnStep | None = None,
     ) -> EngineClient:
         """A client whose socket exists, so that an engine can connect."""
         client = cls(on_starting, on_step)
@@ -356,13 +362,28 @@ class EngineClient:
             self._server.close()
         return True
 
-    def receive(self, frame: ToGateway) -> None:
-        """Act on one frame of the engine."""
+    def receive(self, frames: Iterable[ToGateway]) -> None:
+        """Act on what the engine told, in order. Readers have their turns once all of it is known: while the process
+        is behind, several steps come at once, and what each would cost apart from its tokens is saved."""
+        for frame in frames:
+            if isinstance(frame, StepFrame) and self._latest is not None and _goes_on(frame, self._latest):
+                self._going_on.append(frame)
+            else:
+                self._go_on()
+                self._act_on(frame)
+        self._go_on()
+        if self._came is not None:
+            self._turns.look(self._came)
+            self._came = None
+        self._turns.give()
+
+    def _act_on(self, frame: ToGateway) -> None:
         match frame:
             case StepFrame():
                 self._deliver(frame)
+                self._latest = frame
                 if self._on_step is not None:
-                    self._on_step(frame)
+                    self._on_step(frame, 1)
             case Starting():
                 if self._on_starting is not None:
                     self._on_starting(frame)
@@ -380,6 +401,24 @@ class EngineClient:
                     self._ready.set_exception(EngineFailed(frame))
                 self.end(frame.message)
 
+    def _go_on(self) -> None:
+        """Deliver the steps that go on with what the latest brought, all at once."""
+        frames = self._going_on
+        if not frames:
+            return
+        self._going_on = []
+        latest = self._latest = frames[-1]
+        times, items = [frame.time for frame in frames], [frame.tokens[0] for frame in frames]
+        if self._columns.add_all(items[0].ids, [item.token_ids for item in items], times):
+            self._came_at(times[0], len(items))
+        else:
+            for item, at in zip(items, times, strict=True):
+                self._deliver_tokens(item, at)
+        for at in times:
+            self._turns.step_is(at)
+        if self._on_step is not None:
+            self._on_step(latest, len(frames))
+
     def _deliver(self, frame: StepFrame) -> None:
         in_flight = self._in_flight
         for accepted in frame.accepted:
@@ -395,7 +434,6 @@ class EngineClient:
                 found[1].notify(urgent=True)
         if frame.tokens:
             self._turns.step_is(frame.time)
-        self._turns.give()
 
     def _deliver_tokens(self, item: TokensItem, now: float) -> None:
         if len(item.token_ids) != len(item.ids):
@@ -407,9 +445,15 @@ class EngineClient:
             for request_id in item.logprobs:
                 if (found := self._in_flight.get(request_id)) is not None:
                     self._add_logprob(found[0], item)
-        self._turns.look(now)
-        self._items += 1
-        if self._items % ITEMS_PER_LOOK == 0:
+        self._came_at(now, 1)
+
+    def _came_at(self, now: float, items: int) -> None:
+        """So many items of tokens, the first at that time."""
+        if self._came is None:
+            self._came = now
+        self._items += items
+        if self._items >= ITEMS_PER_LOOK:
+            self._items = 0
             for submission in {id(found[1]): found[1] for found in self._in_flight.values()}.values():
                 submission.look_at_lag()
 
@@ -431,6 +475,22 @@ class EngineClient:
             progress.add_logprob(logprob)
 
 
+def _goes_on(frame: StepFrame, latest: StepFrame) -> bool:
+    """Whether it tells of nothing but one more token each for the same requests, on a device that is used the same."""
+    tokens, before = frame.tokens, latest.tokens
+    return (
+        len(tokens) == len(before) == 1
+        and tokens[0].ids is before[0].ids
+        and not (tokens[0].first or tokens[0].logprobs)
+        and len(tokens[0].token_ids) == len(tokens[0].ids)
+        and not (frame.accepted or frame.finished or frame.others or latest.others)
+        and frame.decode_requests == latest.decode_requests
+        and frame.prefill_requests == latest.prefill_requests
+        and frame.partition == latest.partition
+        and frame.sharing == latest.sharing
+    )
+
+
 class _ClientProtocol(asyncio.Protocol):
     """Bytes of the engine's connection to frames for the client."""
 
@@ -449,8 +509,7 @@ class _ClientProtocol(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for body in self._splitter.feed(data):
-                self._client.receive(self._decode(body))
+            self._client.receive(map(self._decode, self._splitter.feed(data)))
         except (FrameError, ValueError) as error:
             self._client.end(f"the engine sent nonsense: {error}")
             if self._transport is not None:

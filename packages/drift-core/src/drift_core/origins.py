@@ -79,6 +79,7 @@ class Origins:
         self._all = [self.first]
         self._joined = 0
         self._owners: dict[str, Origin] = {}
+        self._least: dict[str, int] = {}
         self._inside: dict[str, str] = {}
         self._lock = threading.Lock()
         self._grouped: tuple[list[str], list[_Group]] = ([], [])
@@ -114,8 +115,9 @@ class Origins:
         """Whether a gateway waits to hear what is there."""
         return any(origin.fresh for origin in self._all)
 
-    def enter(self, origin: Origin, request_id: str) -> bool:
-        """A request comes; `False` when the same gateway has one of this id, which the engine judges.
+    def enter(self, origin: Origin, request_id: str, least_tokens: int = 0) -> bool:
+        """A request comes, of at least so many tokens; `False` when the same gateway has one of this id, which the
+        engine judges.
 
         Raises IdInUseError when another gateway has.
         """
@@ -128,6 +130,7 @@ class Origins:
                 return False
             self._inside[request_id] = inside
             self._owners[inside] = origin
+            self._least[inside] = least_tokens
             origin.requests.add(inside)
         return True
 
@@ -135,6 +138,7 @@ class Origins:
         """A request ended, by its id in the engine."""
         with self._lock:
             origin = self._owners.pop(inside, None)
+            self._least.pop(inside, None)
             if origin is not None:
                 origin.requests.discard(inside)
                 self._inside.pop(origin.outside(inside), None)
@@ -163,7 +167,7 @@ class Origins:
             of = told.setdefault(owner, _Told())
             of.accepted.append(msgspec.structs.replace(accepted, id=owner.outside(accepted.id)))
             if (tracked := live.get(accepted.id)) is not None:
-                of.queued.append(_other(accepted.id, tracked, accepted.cached_tokens))
+                of.queued.append(self._other(accepted.id, tracked, accepted.cached_tokens))
         for item in frame.tokens:
             for group in self._groups(item.ids):
                 of = told.setdefault(group.owner, _Told())
@@ -192,7 +196,7 @@ class Origins:
         )
         if origin.fresh:
             origin.fresh = False
-            others = msgspec.structs.replace(others, **_there(origin, live))
+            others = msgspec.structs.replace(others, **self._there(origin, live))
         something = others.accepted or others.tokens or others.finished
         return msgspec.structs.replace(
             frame,
@@ -200,6 +204,27 @@ class Origins:
             tokens=own.tokens,
             finished=own.finished,
             others=others if something else None,
+        )
+
+    def _there(self, origin: Origin, live: Mapping[str, Tracked]) -> dict[str, list[OtherItem] | list[str]]:
+        """What a gateway that has just come has to know of: others' requests, and which of them have a token."""
+        found = [(name, tracked) for name, tracked in live.items() if name not in origin.requests]
+        return {
+            "accepted": [self._other(name, tracked, tracked.cached) for name, tracked in found],
+            "first": [name for name, tracked in found if tracked.first_token_at is not None],
+        }
+
+    def _other(self, name: str, tracked: Tracked, cached_tokens: int | None) -> OtherItem:
+        request = tracked.request
+        return OtherItem(
+            name,
+            request.prompt_tokens,
+            request.max_output_tokens,
+            request.priority,
+            request.slo.tbt,
+            request.slo.name,
+            cached_tokens,
+            self._least.get(name, 0),
         )
 
     def _groups(self, ids: list[str]) -> list[_Group]:
@@ -243,25 +268,3 @@ class _Group:
 
 def _unheard(frame: ToGateway) -> None:
     raise AssertionError("nobody can be sent to yet")
-
-
-def _there(origin: Origin, live: Mapping[str, Tracked]) -> dict[str, list[OtherItem] | list[str]]:
-    """What a gateway that has just come has to know of: others' requests, and which of them have a token."""
-    found = [(name, tracked) for name, tracked in live.items() if name not in origin.requests]
-    return {
-        "accepted": [_other(name, tracked, tracked.cached) for name, tracked in found],
-        "first": [name for name, tracked in found if tracked.first_token_at is not None],
-    }
-
-
-def _other(name: str, tracked: Tracked, cached_tokens: int | None) -> OtherItem:
-    request = tracked.request
-    return OtherItem(
-        name,
-        request.prompt_tokens,
-        request.max_output_tokens,
-        request.priority,
-        request.slo.tbt,
-        request.slo.name,
-        cached_tokens,
-    )

@@ -8,7 +8,7 @@ it keeps.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final
 
@@ -80,6 +80,19 @@ class Block:
         self._micros[row] = int(now * 1e6)
         self.rows = row + 1
 
+    def add_all(
+        self, slots: npt.NDArray[np.intp], token_ids: Sequence[TokenIds], times: Sequence[float]
+    ) -> None:
+        """As many more steps, of which each has a token for each of these slots."""
+        row, rows = self.rows, self.rows + len(times)
+        tokens = np.frombuffer(b"".join(token_ids), np.int32)
+        self._steps[row:rows, slots] = tokens.reshape(len(times), len(slots))
+        self.times.extend(times)
+        for at in times:
+            self._micros[row] = int(at * 1e6)
+            row += 1
+        self.rows = rows
+
 
 class Columns:
     """Tokens of requests that get one each at every step.
@@ -110,6 +123,19 @@ class Columns:
             self._begin(max(FIRST_SLOTS, 2 * len(ids)))
         self._latest.add(self._slots, token_ids, now)
         self.steps += 1
+        return True
+
+    def add_all(self, ids: list[str], token_ids: Sequence[TokenIds], times: Sequence[float]) -> bool:
+        """The tokens of several steps of the same requests: each slot is gone to once. `False` if these are not the
+        requests of the step before, and nothing was done."""
+        if ids is not self._ids:
+            return False
+        if self._latest.rows + len(times) <= MAX_ROWS:
+            self._latest.add_all(self._slots, token_ids, times)
+            self.steps += len(times)
+        else:
+            for tokens, now in zip(token_ids, times, strict=True):
+                self.add(ids, tokens, now)
         return True
 
     def forget(self, request_id: str) -> None:

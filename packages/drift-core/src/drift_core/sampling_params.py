@@ -166,6 +166,13 @@ class SamplingParams(
         """`stop` as a tuple, however it was given."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def least_tokens(self) -> int:
+        """Tokens before which no output ends by itself: all it may have, where nothing can stop it."""
+        if self.ignore_eos and not self.stop and not self.stop_token_ids:
+            return self.max_tokens or 1
+        return self.min_tokens
+
     def child(self, index: int) -> SamplingParams:
         """Parameters of output `index` of `n`: one output of its own seed. Output 0 is what `n=1` would give."""
         if self.n == 1 and not index:

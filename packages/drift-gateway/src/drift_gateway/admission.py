@@ -123,7 +123,7 @@ class Checked:
             prompt_tokens=self.prompt_tokens if prompt is None else len(prompt),
             max_tokens=self.sampling.max_tokens or 1,
             outputs=self.sampling.n,
-            min_tokens=_least_tokens(self.sampling),
+            min_tokens=self.sampling.least_tokens,
         )
 
     def admitted(self, prompt: list[int], verdict: Verdict, call: Call, now: float) -> Admitted:
@@ -201,13 +201,6 @@ def _fitting(checked: Checked, prompt_tokens: int, ready: Ready) -> Checked:
         sampling, max_tokens=tokens, min_tokens=min(sampling.min_tokens, tokens)
     )
     return replace(checked, sampling=fitting)
-
-
-def _least_tokens(sampling: SamplingParams) -> int:
-    """Tokens before which no output ends by itself: all it may have, where nothing can stop it."""
-    if sampling.ignore_eos and not sampling.stop and not sampling.stop_token_ids:
-        return sampling.max_tokens or 1
-    return sampling.min_tokens
 
 
 def _on_infeasible(slo: pb.SLO) -> int:

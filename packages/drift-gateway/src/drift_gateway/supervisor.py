@@ -451,11 +451,11 @@ class Supervisor:
         log.error("%s; it is ended", reason)
         client.end(reason)
 
-    def _step(self, frame: StepFrame) -> None:
-        self.timeline.step(frame)
+    def _step(self, frame: StepFrame, steps: int) -> None:
+        self.timeline.step(frame, steps)
         self.stats.step(frame)
-        self.ahead.step(frame)
-        self.splits.step(frame)
+        self.ahead.step(frame, steps)
+        self.splits.step(frame, steps)
         self.elsewhere.step(frame)
 
     def _starting(self, frame: Starting) -> None:

@@ -238,8 +238,11 @@ class WorkloadAhead:
         elif (ahead := self._decoding.pop(output_id, None)) is not None:
             self._promised -= ahead.pages
 
-    def step(self, frame: StepFrame) -> None:
-        """Take in what the engine told, of other gateways' requests too: they are ahead of a newcomer all the same."""
+    def step(self, frame: StepFrame, steps: int = 1) -> None:
+        """Take in what the engine told, of other gateways' requests too: they are ahead of a newcomer all the same.
+
+        `steps`: of so many steps alike, the frame is the last.
+        """
         self._known_ends = None
         others = frame.others or NO_OTHERS
         for other in others.accepted:
@@ -259,7 +262,7 @@ class WorkloadAhead:
                 self._rates.prefill.add(computed, self._pending)
             self._pending, self._mark = 0.0, frame.time
         if decoded:
-            self._learn_gap(frame)
+            self._learn_gap(frame, steps)
         for finished in (*frame.finished, *others.finished):
             self._finished(finished)
         self.load = frame.load or self.load
@@ -272,6 +275,7 @@ class WorkloadAhead:
             priority=other.priority,
             tbt=other.slo_tbt,
             slo_class=other.slo_class,
+            min_tokens=other.min_tokens,
         )
         self.add((other.id,), newcomer, now)
         self._accepted(AcceptedItem(other.id, cached_tokens=other.cached_tokens))
@@ -339,7 +343,7 @@ class WorkloadAhead:
             since = self._mark if last is None else max(last.time, self._mark)
             self._pending += max(0.0, frame.time - since)
 
-    def _learn_gap(self, frame: StepFrame) -> None:
+    def _learn_gap(self, frame: StepFrame, steps: int) -> None:
         last = self._last
         if last is None or not last.decode_requests or not _told_tokens(last):
             return
@@ -347,12 +351,12 @@ class WorkloadAhead:
         gap = self._rates.gap
         gap.keep(exp(-seconds / MEMORY_S))
         gap.top += seconds
-        gap.bottom += 1
+        gap.bottom += steps
         if last.prefill_requests or frame.accepted or (frame.others or NO_OTHERS).accepted:
             return
         known = self._step_seconds(last.decode_requests)
-        if known is None or seconds < OUTLIER * known:  # the machine may have been busy with something else
-            self._rates.steps.add(last.decode_requests, seconds)
+        if known is None or seconds < steps * OUTLIER * known:  # the machine may have been busy otherwise
+            self._rates.steps.add(last.decode_requests, seconds / steps)
 
     def _learn_caution(self, took: float, forecast: float) -> None:
         """Follow the factor that CAUTION_QUANTILE of first tokens come within."""

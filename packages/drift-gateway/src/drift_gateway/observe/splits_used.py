@@ -28,8 +28,9 @@ class SplitsUsed:
         """These are on their way to the engine."""
         self._since.update(dict.fromkeys(output_ids))
 
-    def step(self, frame: StepFrame) -> None:
-        """Take in one frame: its tokens were made under the split that was in force before it."""
+    def step(self, frame: StepFrame, steps: int = 1) -> None:
+        """Take in one frame, the last of so many steps alike: its tokens were made under the split that was in force
+        before it."""
         decoded, firsts = False, []
         for item in frame.tokens:
             if item.first:
@@ -37,7 +38,7 @@ class SplitsUsed:
             else:
                 decoded = True
         if decoded and self._partition is not None:
-            self._steps[self._partition] += 1
+            self._steps[self._partition] += steps
         for output_id in firsts:
             if output_id in self._since:
                 self._since[output_id] = self._steps.copy()

@@ -66,11 +66,11 @@ class Timeline:
         """How the device is used now."""
         return self._use
 
-    def step(self, frame: StepFrame) -> None:
-        """Take in one frame."""
+    def step(self, frame: StepFrame, steps: int = 1) -> None:
+        """Take in one frame, the last of so many steps alike."""
         self.load = frame.load or self.load
         for item in frame.tokens:
-            self.tokens_generated += len(item.ids)
+            self.tokens_generated += steps * len(item.ids)
         self.requests_finished += len(frame.finished)
         if frame.others is not None:
             self.tokens_generated += frame.others.tokens
