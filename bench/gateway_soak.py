@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gateway_parts.machine import Stolen, describe
 from gateway_parts.processes import (
     PARTS,
     Server,
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).parent / "results" / "gateway_soak.json"
 
 def main() -> None:
     options = _options()
-    begun = time.time()
+    begun, stolen = time.time(), Stolen()
     gateway = start(options, options.step_ms)
     watch = Watch(gateway.pid)
     rounds: list[dict[str, Any]] = []
@@ -60,7 +60,7 @@ def main() -> None:
     report = {
         "schema": "drift.bench.gateway_soak/1",
         "config": vars(options) | {"out": str(options.out.name)},
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()},
+        "machine": describe(stolen),
         "began": begun,
         "summary": summarise(rounds, watch, options),
         "rounds": rounds,
@@ -110,7 +110,10 @@ def measure(server: Server, options: argparse.Namespace, seconds: float, more: l
     result["server_cpu_us_per_token"] = round(share * 1e6 / max(1.0, result["all_tokens"] / elapsed), 2)
     result["server_cpu_us_per_message"] = round(share * 1e6 / max(1.0, result["all_messages"] / elapsed), 2)
     if server.engine:
-        result["engine_cpu_share"] = round((cpu_seconds(server.engine) - engine) / elapsed, 3)
+        try:
+            result["engine_cpu_share"] = round((cpu_seconds(server.engine) - engine) / elapsed, 3)
+        except FileNotFoundError:
+            result["faults"].append("the engine ended; the gateway said: " + " | ".join(server.said))
     return result
 
 

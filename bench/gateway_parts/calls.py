@@ -63,6 +63,8 @@ class Connection(asyncio.Protocol):
         self._rest = b""
         self._received = 0
         self._transport: asyncio.Transport | None = None
+        self.closed = False
+        """Whether it is gone, by whichever end: it takes no more calls."""
 
     @classmethod
     async def connect(cls, target: str) -> Connection:
@@ -83,6 +85,7 @@ class Connection(asyncio.Protocol):
         return call
 
     def close(self) -> None:
+        self.closed = True
         if self._transport is not None:
             self._transport.close()
 
@@ -104,6 +107,7 @@ class Connection(asyncio.Protocol):
         self.send(WINDOW_UPDATE, 0, 0, struct.pack(">I", ROOM - 65535))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
         for number in list(self._calls):
             self.end(number)
 

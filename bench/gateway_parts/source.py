@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 import sys
 import threading
 import time
@@ -28,16 +27,23 @@ from drift_core.frames import (
     StepFrame,
     Submit,
     ToEngine,
+    TokenIds,
     TokensItem,
     pack_ids,
 )
 from drift_core.link import EngineLink
-from drift_core.simulated import token_choices
+from drift_core.tokenizer import Tokenizer
 from drift_kernels.process import prepare_process
 
 VOCAB, EOS = 3072, 2  # the demo model's
 PAGES = 1_000_000
-TABLE = pack_ids(random.Random(0).choices(token_choices(VOCAB, [EOS]), k=20_011))
+MOST_LATE_S = 1.0
+"""Steps later than this are left out."""
+
+TEXT = Path(__file__).parents[2] / "README.md"
+"""What it says: tokens drawn by chance would be half characters mostly, which no model writes."""
+
+TABLE_TOKENS, MOST_REQUESTS = 20_011, 4096
 
 
 class Source:
@@ -52,6 +58,7 @@ class Source:
         self._running: dict[str, tuple[Submit, int]] = {}  # with its last step
         self._ends: list[tuple[int, str]] = []
         self._ids: list[str] = []
+        self._table = _table(directory)
         self._link = EngineLink(path, self._receive, self._over.set, exit_after=1.0)
         self._link.send(_ready(directory))
 
@@ -66,11 +73,13 @@ class Source:
                     self._came.append(frame)
 
     def run(self) -> None:
-        """Until the gateway is gone; steps come `step_seconds` apart, later where one was late."""
+        """Until the gateway is gone; steps come `step_seconds` apart, those that are late at once: on a machine that is
+        busy with the gateway it still makes as many as it should."""
         due = time.monotonic()
         while not self._over.is_set():
-            due = max(due + self._step_seconds, time.monotonic() - self._step_seconds)
-            time.sleep(max(0.0, due - time.monotonic()))
+            due = max(due + self._step_seconds, time.monotonic() - MOST_LATE_S)
+            if (early := due - time.monotonic()) > 0:
+                time.sleep(early)
             frame = self._step(next(self._steps))
             if frame is not None:
                 self._link.send(frame)
@@ -82,8 +91,8 @@ class Source:
             came, self._came = self._came, []
         tokens, ids = [], self._ids
         if ids:
-            begin = step * 7 % (len(TABLE) - len(ids))
-            tokens.append(TokensItem(ids, TABLE[begin : begin + len(ids)]))
+            begin = step % TABLE_TOKENS
+            tokens.append(TokensItem(ids, self._table[begin : begin + len(ids)]))
         finished = [_end(*self._running.pop(name), step, now) for name in self._over_by(step)]
         finished += self._cancelled([frame for frame in came if isinstance(frame, Cancel)], step, now)
         begun = [frame for frame in came if isinstance(frame, Submit)]
@@ -92,9 +101,7 @@ class Source:
             self._running[frame.id] = frame, last
             heappush(self._ends, (last, frame.id))
         if begun:
-            tokens.append(
-                TokensItem([frame.id for frame in begun], pack_ids(TABLE[: len(begun)]), first=True)
-            )
+            tokens.append(TokensItem([frame.id for frame in begun], self._table[: len(begun)], first=True))
         finished += [_end(*self._running.pop(name), step, now) for name in self._over_by(step)]
         if came or finished:
             self._ids = list(self._running)
@@ -127,6 +134,12 @@ class Source:
         return [_end(frame, last, step, now, "cancelled") for frame, last in gone]
 
 
+def _table(directory: str) -> TokenIds:
+    """Tokens of the text again and again, and as many more as there are requests at most."""
+    token_ids = Tokenizer.load(directory).encode(TEXT.read_text())
+    return pack_ids(itertools.islice(itertools.cycle(token_ids), TABLE_TOKENS + MOST_REQUESTS))
+
+
 def _end(submit: Submit, last: int, step: int, now: float, reason: str = "length") -> FinishedItem:
     output = (submit.sampling.max_tokens or 1) - max(0, last - step)
     return FinishedItem(
@@ -151,7 +164,7 @@ def _ready(directory: str) -> Ready:
         page_tokens=16,
         kv_pages=PAGES,
         kv_tokens=16 * PAGES,
-        max_running=4096,
+        max_running=MOST_REQUESTS,
         slo_ttft=60.0,
         slo_tbt=0.1,
         eos_token_ids=[EOS],
