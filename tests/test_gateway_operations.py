@@ -153,12 +153,13 @@ def test_stopping_while_a_hung_engine_is_being_ended_leaves_no_process() -> None
 
 
 class Pinged:
-    """Answers pings as told."""
+    """Answers pings as told, each so many pings later."""
 
-    def __init__(self, answers: list[Pong | None], on_end: asyncio.Event) -> None:
+    def __init__(self, answers: list[Pong | None], on_end: asyncio.Event, late: int = 0) -> None:
         self.pong: Pong | None = None
-        self._answers = iter(answers)
+        self._answers = iter([None] * late + answers)
         self._on_end = on_end
+        self._late = late
 
     def ping(self, number: int) -> None:
         try:
@@ -167,7 +168,7 @@ class Pinged:
             self._on_end.set()
             return
         if answer is not None:
-            self.pong = Pong(number, answer.busy, answer.predicted)
+            self.pong = Pong(number - self._late, answer.busy, answer.predicted)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +182,14 @@ class Pinged:
         ([Pong(0, 1000.0, 200.0)] * 3, None),
     ],
 )
-def test_a_hang_is_told_from_long_work(answers: list[Pong | None], reason: str | None) -> None:
+@pytest.mark.parametrize("late", [0, 2], ids=["at once", "behind steps that are still unread"])
+def test_a_hang_is_told_from_long_work(answers: list[Pong | None], reason: str | None, late: int) -> None:
+    if late and answers[0] is None:
+        answers = [Pong(0), *answers]  # else these pings are missed, too
+
     async def body() -> str | None:
         over = asyncio.Event()
-        hanging = asyncio.ensure_future(hang_of(Pinged(answers, over), 0.1))
+        hanging = asyncio.ensure_future(hang_of(Pinged(answers, over, late), 0.1))
         waiting = asyncio.ensure_future(over.wait())
         await asyncio.wait((hanging, waiting), timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()

@@ -249,11 +249,12 @@ def test_the_end_of_the_gateway_is_told_to_the_engine_once() -> None:
     joined(body)
 
 
-def test_a_gateway_that_speaks_nonsense_is_gone() -> None:
+def test_a_gateway_that_speaks_nonsense_is_gone(caplog: pytest.LogCaptureFixture) -> None:
     async def body(client: EngineClient, engine: Engine) -> None:
         assert client._transport is not None
         client._transport.write(encode_frame(READY))
         assert await asyncio.to_thread(engine.closed.wait, WAIT)
+        assert any("the gateway speaks nonsense" in line for line in caplog.messages)
 
     joined(body)
 
@@ -297,13 +298,16 @@ def test_send_never_waits_for_a_gateway_that_does_not_read(monkeypatch: pytest.M
     joined(body)
 
 
-def test_past_its_bound_the_backlog_counts_the_gateway_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_past_its_bound_the_backlog_counts_the_gateway_as_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     async def body(client: EngineClient, engine: Engine) -> None:
         assert client._transport is not None
         client._transport.pause_reading()
         for _ in range(100):
             engine.link.send(Failed("x" * 50_000))
         assert await asyncio.to_thread(engine.closed.wait, WAIT)
+        assert any("bytes yet to read and counts as gone" in line for line in caplog.messages)
 
     monkeypatch.setattr(link_module, "MAX_BACKLOG_BYTES", 1_000_000)
     joined(body)

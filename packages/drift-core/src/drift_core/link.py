@@ -8,6 +8,7 @@ knows what a frame means to a model or to a client of the gateway.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import select
 import socket
@@ -46,6 +47,8 @@ from drift_core.submission import Submission, Turns
 from drift_scheduler.errors import DriftError
 
 __all__ = ["EngineClient", "EngineFailed", "EngineGone", "EngineLink", "Progress", "Submission"]
+
+log = logging.getLogger("drift.engine")
 
 READ_BYTES: Final = 256 * 1024
 MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
@@ -125,6 +128,7 @@ class EngineLink:
                 self._backlog_bytes += len(data)
                 if self._backlog_bytes > MAX_BACKLOG_BYTES:
                     self._gone = True
+                    log.error("the gateway has %d bytes yet to read and counts as gone", self._backlog_bytes)
                 self._changed.notify()
 
     def close(self, timeout: float = 5.0) -> None:
@@ -185,7 +189,10 @@ class EngineLink:
             while data := self._socket.recv(READ_BYTES):
                 for body in splitter.feed(data):
                     self._inbox(decode_to_engine(body))
-        except (OSError, FrameError):
+        except OSError:
+            self._shut_socket()
+        except FrameError as error:
+            log.error("the gateway speaks nonsense and counts as gone: %s", error)
             self._shut_socket()
         finally:
             self._end_reading()
