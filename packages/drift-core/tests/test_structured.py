@@ -144,6 +144,17 @@ def test_a_finished_output_is_matched_as_a_whole(pattern: str, seed: int) -> Non
         assert re.fullmatch(pattern, text)
 
 
+FORMS = [
+    *(pytest.param(schema(value), id=name) for name, value in SCHEMAS.items()),
+    *(pytest.param(Structured("regex", pattern), id=pattern) for pattern in REGEXES),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_of_each_form_come_to_an_end(form: Structured) -> None:
+    assert all(generate(form, np.random.default_rng(seed))[1] for seed in range(8))
+
+
 @given(
     seed=st.integers(0, 1 << 30),
     temperature=st.sampled_from([0.0, 0.7, 1.0]),
