@@ -7,6 +7,7 @@ import stat
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from drift_core.engine import engine_config
 from drift_core.engine_process import serve_socket
-from drift_core.frames import FlushPrefixes, SetPolicy, StartTrace, StepFrame, StopTrace, Submit
+from drift_core.frames import FlushPrefixes, Pong, SetPolicy, StartTrace, StepFrame, StopTrace, Submit
 from drift_core.link import EngineClient, EngineGone, Submission
 from drift_core.sampling_params import SamplingParams
 from drift_scheduler import plugins
@@ -142,22 +143,25 @@ def test_a_decision_log_begun_under_load_can_be_replayed(tmp_path: Path) -> None
 
 def test_the_loop_answers_pings_and_says_how_long_its_lanes_have_been_at_it() -> None:
     async def body(client: EngineClient, steps: list[StepFrame]) -> None:
-        async def pong(number: int) -> None:
+        async def pong(number: int) -> Pong:
             client.ping(number)
             while client.pong is None or client.pong.number != number:
                 await asyncio.sleep(0.002)
+            return client.pong
 
-        await pong(1)
-        assert client.pong is not None
-        assert (client.pong.busy, client.pong.predicted) == (0.0, 0.0)
-        submission = client.submit([submit("r", [3] * 3000, 2)])  # 150 ms of prefill
-        while not any(frame.prefill_requests for frame in steps):
-            await asyncio.sleep(0.002)
-        await asyncio.sleep(0.02)
-        await pong(2)
-        assert client.pong.busy > 0.015
-        assert client.pong.predicted == pytest.approx(0.15, rel=0.2)
-        await ended(submission)
+        idle = await pong(1)
+        assert (idle.busy, idle.predicted) == (0.0, 0.0)
+        for attempt in count(2):  # on a busy machine the answer may come after the 150 ms of a prefill
+            steps.clear()
+            submission = client.submit([submit(f"r{attempt}", [attempt] * 3000, 2)])
+            while not any(frame.prefill_requests for frame in steps):
+                await asyncio.sleep(0.002)
+            await asyncio.sleep(0.02)
+            at_work = await pong(attempt)
+            await ended(submission)
+            if at_work.busy > 0.015:
+                break
+        assert at_work.predicted == pytest.approx(0.15, rel=0.2)
 
     with_engine(body)
 
