@@ -134,23 +134,27 @@ def test_other_threads_go_on_while_a_long_text_is_worked_on(directory, what):
     tokenizer = Tokenizer.load(directory)
     text = "hello there, world " * 30_000
     ids = tokenizer.encode(text)
-    done, looks = threading.Event(), [time.perf_counter()]
 
-    def work() -> None:
+    def work(done: threading.Event) -> None:
         if what == "encode":
             assert tokenizer.encode(text) == ids
         else:
             assert tokenizer.decode(ids) == text
         done.set()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    while not done.wait(0.001):
+    def longest_wait() -> float:
+        """Of this thread, as a part of the time that the other one works."""
+        done, looks = threading.Event(), [time.perf_counter()]
+        thread = threading.Thread(target=work, args=(done,))
+        thread.start()
+        while not done.wait(0.001):
+            looks.append(time.perf_counter())
         looks.append(time.perf_counter())
-    looks.append(time.perf_counter())
-    thread.join()
-    longest = max(after - before for before, after in pairwise(looks))
-    assert longest < 0.6 * (looks[-1] - looks[0]), "it would be all of the time"
+        thread.join()
+        return max(after - before for before, after in pairwise(looks)) / (looks[-1] - looks[0])
+
+    # More than once: a machine that is busy may hold a thread up for as long.
+    assert min(longest_wait() for _ in range(4)) < 0.6, "it would be all of the time"
 
 
 def test_unknown_ids_have_no_text(directory):
