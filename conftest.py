@@ -6,9 +6,19 @@ Knows nothing of the packages under test; fixtures live beside the tests that us
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 # OpenMP workers that spin while another process has the core slow everything down by an order of magnitude.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests take nothing from the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Where hypothesis is not installed, tests that need it say so themselves.
+with suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes, and how many are drawn in a second, is the machine's doing.
+    anyhow = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("any-machine", anyhow)
+    settings.load_profile("any-machine")
