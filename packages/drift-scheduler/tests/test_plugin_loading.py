@@ -86,6 +86,14 @@ def test_registering_nonsense_is_an_error(offered) -> None:
         plugins.load([("acme", plugin(drift_dispatch_policies=drift_dispatch_policies))], installed=False)
 
 
+def test_a_hook_that_raises_names_its_plugin() -> None:
+    def drift_workloads():
+        raise RuntimeError("no settings")
+
+    with pytest.raises(PluginError, match="plugin 'acme': drift_workloads raised RuntimeError: no settings"):
+        plugins.load([("acme", plugin(drift_workloads=drift_workloads))], installed=False)
+
+
 def test_a_plugin_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
         name, value, dist = "acme", "acme.plugin", SimpleNamespace(name="acme")
@@ -107,6 +115,33 @@ def test_observers_are_collected() -> None:
 
     registry = plugins.load([("acme", plugin(drift_observers=drift_observers))], installed=False)
     assert registry.observers({"who": "me"}) == ["me"]
+
+
+def test_a_hook_may_leave_out_what_it_does_not_need() -> None:
+    def drift_observers():
+        return ("me",)
+
+    registry = plugins.load([("acme", plugin(drift_observers=drift_observers))], installed=False)
+    assert registry.observers({"who": "you"}) == ["me"]
+
+
+@pytest.mark.parametrize(
+    ("offered", "complaint"),
+    [
+        (3, "must return a sequence of observers, not int"),
+        ("me", "must return a sequence of observers, not str"),
+        (ZeroDivisionError("twice"), "raised ZeroDivisionError: twice"),
+    ],
+)
+def test_observers_that_are_none_name_their_plugin(offered: object, complaint: str) -> None:
+    def drift_observers(config):
+        if isinstance(offered, Exception):
+            raise offered
+        return offered
+
+    registry = plugins.load([("acme", plugin(drift_observers=drift_observers))], installed=False)
+    with pytest.raises(PluginError, match=f"plugin 'acme': drift_observers {complaint}"):
+        registry.observers({})
 
 
 def test_the_lifecycle_is_one_table() -> None:

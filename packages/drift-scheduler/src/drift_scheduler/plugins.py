@@ -100,10 +100,21 @@ class Registry:
             raise OptionError(f"{kind} '{name}' (plugin {entry.plugin}): {error}") from error
 
     def observers(self, config: Mapping[str, Any]) -> list[Any]:
-        """Every observer the plugins offer for this configuration."""
+        """Every observer the plugins offer for this configuration.
+
+        Raises PluginError (names the plugin) where a hook raises or returns no sequence.
+        """
         found: list[Any] = []
-        for offered in self.manager.hook.drift_observers(config=config):
-            found.extend(offered or ())
+        for impl in self.manager.hook.drift_observers.get_hookimpls():
+            offered = _call(impl, "drift_observers", config=config)
+            if offered is None:
+                continue
+            if isinstance(offered, str) or not isinstance(offered, Sequence):
+                raise PluginError(
+                    f"plugin '{impl.plugin_name}': drift_observers must return a sequence of observers, "
+                    f"not {type(offered).__name__}"
+                )
+            found.extend(offered)
         return found
 
     def _entry(self, kind: str, name: str) -> Registered:
@@ -169,7 +180,7 @@ def _collect(manager: pluggy.PluginManager, kind: str, hook: str) -> dict[str, R
     found: dict[str, Registered] = {}
     for impl in getattr(manager.hook, hook).get_hookimpls():
         plugin = impl.plugin_name
-        offered = impl.function()
+        offered = _call(impl, hook)
         if offered is None:
             continue
         if not isinstance(offered, Mapping):
@@ -187,6 +198,16 @@ def _collect(manager: pluggy.PluginManager, kind: str, hook: str) -> dict[str, R
                 )
             found[name] = Registered(factory, plugin)
     return dict(sorted(found.items()))
+
+
+def _call(impl: pluggy.HookImpl, hook: str, **given: Any) -> Any:
+    """What one plugin's hook returns; it may take fewer arguments than are given."""
+    try:
+        return impl.function(*(given[name] for name in impl.argnames))
+    except Exception as error:  # a third party's hook may raise anything
+        raise PluginError(
+            f"plugin '{impl.plugin_name}': {hook} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_options(
