@@ -257,6 +257,26 @@ def test_a_plugins_command_joins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drift("hello").stdout == "hi\n"
 
 
+def test_a_plugins_command_that_cannot_join_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+
+    from drift_scheduler.hookspecs import hookimpl
+
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def drift_cli_commands() -> dict[str, object]:
+            return {"hello": print, "simulate": click.Command("simulate", help="Another.")}
+
+    registry = load([("greeter", Plugin)], installed=False)
+    monkeypatch.setattr("drift_scheduler.plugins.load", lambda strict=True: registry)
+    result = drift("--help")
+    assert result.exit_code == 0
+    assert "plugin 'greeter': command 'hello' is no click command" in result.stderr
+    assert "plugin 'greeter': drift has a command 'simulate' already" in result.stderr
+    assert "Another." not in result.stdout
+
+
 def test_importing_the_package_loads_neither_click_nor_msgspec_nor_rich() -> None:
     code = (
         "import sys, drift_scheduler, drift_scheduler.plugins, drift_scheduler.scheduler, drift_scheduler.loop; "

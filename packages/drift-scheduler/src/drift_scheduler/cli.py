@@ -53,7 +53,15 @@ class DriftGroup(click.Group):
         found = {}
         try:
             registry = _registry()
-            found = {n: c for n, c in registry.of("command").items() if isinstance(c, click.Command)}
+            for name, command in registry.of("command").items():
+                plugin = registry.plugin_of("command", name)
+                if not isinstance(command, click.Command):
+                    line = f"command '{name}' is no click command but {type(command).__name__}"
+                    click.echo(f"drift: plugin '{plugin}': {line}", err=True)
+                elif name in self.commands:
+                    click.echo(f"drift: plugin '{plugin}': drift has a command '{name}' already", err=True)
+                else:
+                    found[name] = command
         except DriftError as error:
             click.echo(f"drift: {error}", err=True)
         self._found = found
