@@ -170,7 +170,7 @@ class Watch:
         self.decided_ahead = 0.0  # share of all decisions
         self.totals: list[float] = []
         self._executor, self._running, self._left = executor, running, steps
-        self._seen = self._spent = 0.0
+        self._seen = 0.0
         self._decoding = 0
         self._before: tuple[str, ...] = ()
         self.changes: list[tuple[int, int, bool]] = []

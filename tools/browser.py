@@ -6,7 +6,6 @@ Speaks through aiohttp, which the gateway needs anyway, so that no driver has to
 from __future__ import annotations
 
 import asyncio
-import base64
 import itertools
 import shutil
 import tempfile
@@ -125,11 +124,6 @@ class Page:
                 raise AssertionError(f"it did not come to: {expression}")
             await asyncio.sleep(0.05)
         return value
-
-    async def picture(self, path: Path, whole: bool = True) -> None:
-        """Write what is drawn as a PNG."""
-        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     async def close(self) -> None:
         """Leave it."""

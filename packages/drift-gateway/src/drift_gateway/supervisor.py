@@ -363,10 +363,6 @@ class Supervisor:
                 ends.append(end)
         return ends
 
-    def tenant_of(self, output_id: str) -> Tenant | None:
-        """In whose name an output in flight was asked for; `None` when there is none of that id."""
-        return self._tenants.get(output_id)
-
     def request_ids(self) -> list[str]:
         """Requests in flight, each with its tenant before it."""
         return list(self._submissions)

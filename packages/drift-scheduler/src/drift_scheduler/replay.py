@@ -18,7 +18,7 @@ from math import sqrt
 from typing import Any, Protocol
 
 from drift_scheduler.cost.fitted import FittedCost
-from drift_scheduler.domain import SLO, FinishReason, Request
+from drift_scheduler.domain import SLO, FinishReason
 from drift_scheduler.errors import DriftError
 from drift_scheduler.log_facts import Facts, MeasuredDevice, gather, measured_device
 from drift_scheduler.log_reader import DecisionLogFile, open_log
@@ -348,8 +348,3 @@ def kendall(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
-
-
-def requests_of(path: str) -> list[Request]:
-    """A log's requests as a workload: those that ended, in order of arrival. Raises DriftError."""
-    return gather(open_log(path)).requests

@@ -164,28 +164,6 @@ class Partitions(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class WholeDevice:
-    """No partition at all: what remains where a device or driver cannot split."""
-
-    units: int
-
-    def menu(self) -> tuple[tuple[int, int], ...]:
-        """The whole device for either phase."""
-        return ((self.units, 0), (0, self.units))
-
-    def streams(self, split: tuple[int, int]) -> tuple[int | None, int | None]:
-        """No streams of its own: plain ones will do."""
-        return None, None
-
-    def realised(self, split: tuple[int, int]) -> tuple[int, int]:
-        """As asked."""
-        return split
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
 @contextmanager
 def allowed() -> Iterator[None]:
     """`Accelerator.rare` of devices that do not check."""

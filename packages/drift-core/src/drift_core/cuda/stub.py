@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from drift_core.cuda.device import Cells, Event, Graph, Place, Stream, Touches, Work
-from drift_scheduler.domain import Lane, Partition
+from drift_scheduler.domain import Lane
 
 POLL_SECONDS = 1e-6
 """Virtual time that a look at an event takes."""
@@ -276,11 +276,6 @@ class StubDevice:
             yield
         finally:
             self._rare.pop()
-
-    def busy_seconds(self, lane: Lane, partition: Partition | None) -> float:
-        """Virtual time that a place worked, copies left out."""
-        place = Place(lane, partition)
-        return sum(stop - start for name, where, start, stop in self.log if where == place and name != "copy")
 
     # ------------------------------------------------------------------------------------- order
 
