@@ -41,7 +41,7 @@ def drift_workloads() -> Mapping[str, Callable[..., Iterable[Request]]]:  # type
 
 @hookspec
 def drift_executors() -> Mapping[str, Callable[..., Executor]]:  # type: ignore[empty-body]
-    """Executors: device kind -> `(config) -> Executor`."""
+    """Executors: device kind -> `(setup) -> Executor`; `setup` is what the engine has settled before it needs one."""
 
 
 @hookspec
