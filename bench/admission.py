@@ -193,7 +193,7 @@ def run(scenario: Scenario, limits: GateLimits, way: int) -> dict[str, Any]:
     gated = Gated(inner, simulation, limits, way)
     serve(simulation.scheduler, gated, gated.deliver)
     tally, seconds = gated.tally, inner.now()
-    kept = [_kept(timing, slo, tally) for timing, slo in tally.ends]
+    kept = [_kept(timing, slo) for timing, slo in tally.ends]
     ratios = sorted(tally.ratios)
     return {
         "rate": scenario.rate,
@@ -210,7 +210,7 @@ def run(scenario: Scenario, limits: GateLimits, way: int) -> dict[str, Any]:
     }
 
 
-def _kept(timing: RequestTiming, slo: SLO, tally: Tally) -> tuple[bool, bool]:
+def _kept(timing: RequestTiming, slo: SLO) -> tuple[bool, bool]:
     ttft = timing.ttft is not None and timing.ttft <= slo.ttft
     return ttft, timing.tbt_max <= slo.tbt or timing.late_tokens <= 0.01 * timing.output_tokens
 

@@ -250,7 +250,7 @@ class DecodeLane:
         host = each.buffers.open()
         table = each.buffers.table(host)
         self.rows.fill(host, table, (self._spare_page, self.cells.spare))
-        pages = self._fill_chunks(each, host, table, chunks, count, units)
+        pages = self._fill_chunks(host, table, chunks, count, units)
         _fill_list(host, "narrow", work.bounds, work.items, work.merges)
         pad_from = count + len(chunks)
         host["context_lens"][pad_from : extent.sequences] = 1
@@ -286,7 +286,6 @@ class DecodeLane:
 
     def _fill_chunks(
         self,
-        each: Pass,
         host: dict[str, Array],
         table: np.ndarray[Any, np.dtype[np.int32]],
         chunks: Sequence[PrefillChunk],
