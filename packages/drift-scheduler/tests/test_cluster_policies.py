@@ -78,7 +78,7 @@ def test_they_serve_everything_and_the_same_twice(dispatch: str) -> None:
     first, second = simulate(scenario(dispatch)), simulate(scenario(dispatch))
     assert first == second
     assert first["requests"]["finished"] == 40
-    assert first["scheduler"]["policy_faults"] == 0
+    assert first["scheduler"]["faults"] == 0
 
 
 def test_only_some_reuse_prefixes() -> None:

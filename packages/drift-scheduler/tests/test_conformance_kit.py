@@ -232,8 +232,10 @@ def test_the_report_counts_the_faults() -> None:
     report = Simulation(scenario, registry).run()
     assert report["requests"]["finished"] == 5
     assert report["scheduler"]["faults"] == Limits().max_policy_faults
+    assert report["scheduler"]["first_fault"] == "Illegal proposed fused gang needs work of both phases"
     healthy = Scenario("sharegpt", "a100-80gb", "llama-3.1-8b", "gang", SLO(1.0, 0.05), requests=5, rate=5.0)
-    assert Simulation(healthy, registry).run()["scheduler"]["faults"] == 0
+    well = Simulation(healthy, registry).run()["scheduler"]
+    assert (well["faults"], well["first_fault"]) == (0, None)
 
 
 def test_the_split_of_a_golden_ride_is_the_partition_policys() -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -485,6 +486,23 @@ def test_bad_input_is_one_line(args: tuple[str, ...], said: str) -> None:
     assert result.exit_code == 2
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_goodput_that_is_the_fallbacks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Raises:
+        def choose(self, *_: Any) -> None:
+            raise RuntimeError("no plan")
+
+    hook = hookimpl(lambda: {"mine": Raises})
+    hook.__name__ = "drift_dispatch_policies"
+    registry = load([("acme", SimpleNamespace(drift_dispatch_policies=hook))], installed=False)
+    monkeypatch.setattr("drift_scheduler.plugins.load", lambda strict=True: registry)
+    result = drift(*CHEAP, "--dispatch", "mine,alternate")
+    assert result.exit_code == 0
+    said = " ".join(result.stdout.split())
+    assert "mine was at fault 100 times and the fallback decided instead, first: Raises raised" in said
+    assert "RuntimeError: no plan" in said
+    assert "alternate was at fault" not in said
 
 
 @settings(max_examples=200)

@@ -183,11 +183,22 @@ def _print_goodput(document: Mapping[str, Any], found: Mapping[str, PolicyGoodpu
         )
     console = _console()
     console.print(table)
+    for line in _faults(found):
+        console.print(line)
     slo, seeds = document["slo"], max(len(result.seeds) for result in found.values())
     console.print(
         f"Targets: TTFT {slo['ttft_s']:g} s, TBT {slo['tbt_s']:g} s, {slo['criterion']}, {seeds} "
         f"seed{'s' if seeds > 1 else ''}; counted from {slo['window']}"
     )
+
+
+def _faults(found: Mapping[str, PolicyGoodput]) -> list[str]:
+    """Whose goodput is the fallback's, in part or in whole."""
+    from drift_scheduler.report import faults_line
+
+    reports = {policy: result.report for policy, result in found.items() if result.report is not None}
+    lines = (faults_line(policy, report["scheduler"]) for policy, report in reports.items())
+    return [line for line in lines if line is not None]
 
 
 # ------------------------------------------------------------------------------------------------- bench
@@ -295,7 +306,7 @@ def _spread_text(result: Result, policy: str) -> str:
 
 
 def _notes(result: Result) -> list[str]:
-    """What was tuned to what, and cells whose search was not monotone."""
+    """What was tuned to what, who was at fault, and cells whose search was not monotone."""
     notes = []
     for policy in result.grid.file.policies:
         values = [
@@ -306,6 +317,11 @@ def _notes(result: Result) -> list[str]:
         if values:
             option = result.goodput[result.grid.cells[0].key][policy].tuned or {}
             notes.append(f"{policy} tuned, {option.get('option')}: {', '.join(values)}")
+    notes += [
+        f"{cell.workload.title}: {line}"
+        for cell in result.grid.cells
+        for line in _faults(result.goodput[cell.key])
+    ]
     odd = [
         f"{policy} in {cell.key}"
         for cell in result.grid.cells

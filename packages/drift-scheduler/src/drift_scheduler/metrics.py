@@ -197,6 +197,7 @@ class Metrics:
         self.lanes = LaneTime()
         self.steps = 0
         self.faults = 0
+        self.first_fault: str | None = None
         self._prefill: Gang | None = None  # the gangs the lanes work on
         self._decode: Gang | None = None
         self._errors: dict[Lane, list[float]] = {Lane.PREFILL: [0.0, 0.0], Lane.DECODE: [0.0, 0.0]}
@@ -238,6 +239,8 @@ class Metrics:
             self.step_us.add(record.step_seconds * 1e6)
         self.steps += 1
         self.faults += len(step.faults)
+        if step.faults and self.first_fault is None:
+            self.first_fault = step.faults[0]
 
     def settle(self) -> None:
         """Take in what was gathered for the next batch; ask before reading `tbt`."""

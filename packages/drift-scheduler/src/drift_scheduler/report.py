@@ -64,7 +64,7 @@ def build_report(metrics: Metrics, config: Mapping[str, Any]) -> Report:
             "steps": metrics.steps,
             "step_us": {"p50": metrics.step_us.quantile(0.5), "p99": metrics.step_us.quantile(0.99)},
             "faults": metrics.faults,
-            "policy_faults": metrics.faults,
+            "first_fault": metrics.first_fault,
         },
         "cost_model": {
             "error": {
@@ -136,11 +136,15 @@ def _lines(report: Report) -> list[str]:
         f"Scheduler: {report['scheduler']['steps']} steps; solo predictions off by "
         f"{_percent(errors['prefill'])} (prefill), {_percent(errors['decode'])} (decode) on average"
     )
-    if report["scheduler"]["policy_faults"]:
-        lines.append(
-            f"The policy was at fault {report['scheduler']['policy_faults']} times; the fallback took over"
-        )
-    return lines
+    faults = faults_line("The policy", report["scheduler"])
+    return [*lines, faults] if faults else lines
+
+
+def faults_line(who: str, scheduler: Mapping[str, Any]) -> str | None:
+    """What a policy did wrong by a report's `scheduler`, for people; `None` where that is nothing."""
+    faults, first = scheduler["faults"], scheduler["first_fault"]
+    times = "once" if faults == 1 else f"{faults} times"
+    return f"{who} was at fault {times} and the fallback decided instead, first: {first}" if faults else None
 
 
 def _slo(metrics: Metrics) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class Account:
             report["sharing_s"] = dict.fromkeys(report["sharing_s"])
         report["kv"]["peak_utilisation"] = device.peak_utilisation if device is not None else None
         report["scheduler"] = {
-            "steps": None, "step_us": {"p50": None, "p99": None}, "faults": None, "policy_faults": None,
+            "steps": None, "step_us": {"p50": None, "p99": None}, "faults": None, "first_fault": None,
         }  # fmt: skip
         report["client"] = {
             "latency_from": "intended send time",
