@@ -26,7 +26,7 @@ from drift_scheduler.conformance import (
 from drift_scheduler.dispatch import FACTORIES
 from drift_scheduler.dispatch.exclusive import Alternate
 from drift_scheduler.dispatch.gang import GangPolicy
-from drift_scheduler.domain import SLO
+from drift_scheduler.domain import SLO, PrefillShape
 from drift_scheduler.partition import FACTORIES as PARTITIONS
 from drift_scheduler.partition.tightest_decode import TightestDecode
 from drift_scheduler.plugins import hookimpl, load
@@ -187,7 +187,7 @@ def test_a_partition_policy_off_the_menu_is_counted_and_service_goes_on() -> Non
     outcome = run_case(Case("calm", 5, hazards=CALM), partitions=OffTheMenu())
     assert {reason.value for reason in outcome.reasons.values()} == {"length"}
     assert outcome.faults
-    assert all("partition 3+3 off the menu" in fault for fault in outcome.faults)
+    assert set(outcome.faults) == {"OffTheMenu chose partition 3+3 off the menu of splits (3+1, 2+2, 1+3)"}
     assert all(gang.sharing is Sharing.EXCLUSIVE for gang in outcome.gangs)
 
 
@@ -201,6 +201,30 @@ def test_a_partition_policy_that_returns_nonsense_is_outlived(answer: Any) -> No
 
     outcome = run_case(Case("calm", 6, hazards=CALM), partitions=Nonsense())
     assert len(outcome.reasons) == 30
+    assert {fault.split(" ", 1)[0] for fault in outcome.faults} <= {"Nonsense"}
+
+
+def test_a_partition_policy_that_raises_is_named_and_not_the_policy_that_asked() -> None:
+    class Raises:
+        def split(self, view, prefill, decode, costs):
+            raise KeyError("no row")
+
+    outcome = run_case(Case("calm", 7, hazards=CALM), partitions=Raises())
+    assert len(outcome.reasons) == 30
+    assert set(outcome.faults) == {"Raises raised KeyError: 'no row'"}
+
+
+def test_who_asks_for_a_split_where_there_is_none_is_named() -> None:
+    class Asks(Alternate):
+        def choose(self, view, costs, partitions):
+            step = view.decode_step()
+            if step is not None:
+                partitions.split(view, PrefillShape.of([(1, 0)]), step, costs)
+            return super().choose(view, costs, partitions)
+
+    outcome = run_case(Case("undivided", 8, units=1, hazards=CALM), dispatch=Asks())
+    assert len(outcome.reasons) == 30
+    assert set(outcome.faults) == {"Asks proposed a split of a device that has none"}
 
 
 def test_a_cost_model_that_raises_is_outlived() -> None:

@@ -1,13 +1,53 @@
-"""What makes a gang legal: the rules every policy's proposal is held to before anything is applied."""
+"""What makes a gang, and a split, legal: the rules every policy is held to before anything is applied."""
 
 from __future__ import annotations
 
-from drift_scheduler.domain import DecodeStep, Gang, PrefillBatch, PrefillBlock, Sharing
+from drift_scheduler.domain import (
+    DecodeStep,
+    Gang,
+    Partition,
+    PrefillBatch,
+    PrefillBlock,
+    PrefillShape,
+    Sharing,
+)
+from drift_scheduler.protocols import CostModel, PartitionPolicy
 from drift_scheduler.view import View
 
 
 class IllegalGangError(Exception):
     """A proposal that breaks a rule; the message names it. Never leaves the scheduler: the fallback takes over."""
+
+
+class PartitionFaultError(Exception):
+    """What a partition policy did wrong; the message names it, whichever dispatch policy had asked."""
+
+
+class CheckedPartitions:
+    """A partition policy whose faults are told as its own."""
+
+    def __init__(self, policy: PartitionPolicy) -> None:
+        self._policy = policy
+
+    def split(self, view: View, prefill: PrefillShape, decode: DecodeStep, costs: CostModel) -> Partition:
+        """The policy's. Raises PartitionFaultError; IllegalGangError where the device has no split to choose."""
+        splits = view.device.splits()
+        if not splits:
+            raise IllegalGangError("a split of a device that has none")
+        try:
+            partition = self._policy.split(view, prefill, decode, costs)
+        except Exception as error:  # a third party's policy may raise anything
+            raise PartitionFaultError(f"{self._name} raised {type(error).__name__}: {error}") from error
+        if partition not in splits:
+            menu = ", ".join(str(p) for p in splits)
+            raise PartitionFaultError(
+                f"{self._name} chose partition {partition} off the menu of splits ({menu})"
+            )
+        return partition
+
+    @property
+    def _name(self) -> str:
+        return type(self._policy).__name__
 
 
 def check_gang(view: View, gang: Gang) -> None:

@@ -42,7 +42,7 @@ from drift_scheduler.domain import (
 )
 from drift_scheduler.errors import DriftError
 from drift_scheduler.foresight import NEAR, ForeseenView, Plan, lane_seconds, next_end
-from drift_scheduler.legality import IllegalGangError, check_gang
+from drift_scheduler.legality import CheckedPartitions, IllegalGangError, PartitionFaultError, check_gang
 from drift_scheduler.lifecycle import Signal, State, advance
 from drift_scheduler.live_view import LiveView
 from drift_scheduler.pages_ahead import PagesAhead
@@ -119,7 +119,7 @@ class Scheduler:
         self._block_seconds = float(getattr(costs, "block_seconds", 0.0))
         self._switch_seconds = float(getattr(costs, "switch_seconds", 0.0))
         self._dispatch = dispatch
-        self._partitions = partitions
+        self._partitions = CheckedPartitions(partitions)
         self._fallback: DispatchPolicy = Alternate()
         self._inherited: tuple[Flight | None, Flight | None] = (None, None)
         self._stopwatch = stopwatch
@@ -284,7 +284,7 @@ class Scheduler:
             self._inherited = (self.prefill_flight, self.decode_flight)
             self.policy_faults = 0  # those were its predecessor's
         if partitions is not None:
-            self._partitions = partitions
+            self._partitions = CheckedPartitions(partitions)
 
     def forget_prefixes(self) -> int:
         """Empty the KV pool of cached prefixes that no request uses; how many pages those were.
@@ -771,6 +771,9 @@ class Scheduler:
             gang = None
             if not self._beside_inherited():
                 self._fault(f"{name} proposed {error}")
+        except PartitionFaultError as error:
+            gang = None
+            self._fault(str(error))
         except Exception as error:  # a third party's policy may raise anything; service goes on
             gang = None
             self._fault(f"{name} raised {type(error).__name__}: {error}")
