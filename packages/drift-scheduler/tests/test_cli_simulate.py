@@ -200,6 +200,11 @@ SHAREGPT = ("--workload", "sharegpt", "--dispatch", "gang")
         ((*SHAREGPT, "--noise", "-1"), "noise is -1.0"),
         ((*SHAREGPT, "--kv-pages", "0"), "kv-pages is 0"),
         ((*SHAREGPT, "--page-tokens", "0"), "page-tokens is 0"),
+        ((*SHAREGPT, "--page-tokens", "100000000"), "page-tokens is 100000000, more than the 4"),
+        (
+            (*SHAREGPT, "--device", "8xh200", "--dispatch", "pd-disaggregated", "--page-tokens", "5000000"),
+            "page-tokens is 5000000, more than the",
+        ),
         ((*SHAREGPT, "--log", "/nowhere/log"), "/nowhere/log: No such file"),
         ((*SHAREGPT, "--json", "/nowhere/json"), "/nowhere/json: No such file"),
     ],

@@ -185,6 +185,11 @@ def test_bad_options_are_refused(tmp_path: Path, options: dict[str, float]) -> N
         read_trace(path, **options)  # type: ignore[arg-type]
 
 
+def test_more_requests_than_can_be_counted_are_all_there_are(tmp_path: Path) -> None:
+    path = write(tmp_path, ours(row(), row(5)))
+    assert len(read(path, requests=10**30)) == 2
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=200), keep=st.integers(0, 120))
 def test_no_bytes_whatever_raise_anything_else(tmp_path: Path, data: bytes, keep: int) -> None:

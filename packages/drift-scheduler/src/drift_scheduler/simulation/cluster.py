@@ -48,10 +48,18 @@ class Setting:
         """KV pages of `copies` groups of so many accelerators, each with the weights once. Raises DriftError where
         the weights do not fit a group."""
         group = msgspec.structs.replace(self.spec, count=accelerators)
-        fits = copies * (kv_tokens(group, self.model) // self.page_tokens)
         if self.kv_pages is None:
-            return fits
+            return copies * pages_that_fit(group, self.model, self.page_tokens)
+        kv_tokens(group, self.model)  # the weights must fit all the same
         return max(1, self.kv_pages * accelerators * copies // self.spec.count)
+
+
+def pages_that_fit(spec: DeviceSpec, model: ModelSpec, page_tokens: int) -> int:
+    """KV pages beside one copy of the weights. Raises DriftError where these, or a single page, do not fit."""
+    tokens = kv_tokens(spec, model)
+    if tokens < page_tokens:
+        raise OptionError(f"page-tokens is {page_tokens}, more than the {tokens} that fit beside the weights")
+    return tokens // page_tokens
 
 
 def only_on(system: str, device: Device) -> str | None:

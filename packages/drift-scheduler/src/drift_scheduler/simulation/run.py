@@ -20,7 +20,6 @@ from drift_scheduler.cost.hardware import (
     ModelSpec,
     device_spec,
     installed,
-    kv_tokens,
     model_spec,
     simulated_device,
 )
@@ -34,7 +33,7 @@ from drift_scheduler.plugins import Registry, load
 from drift_scheduler.protocols import CostModel, DispatchPolicy, KvPool, Observer
 from drift_scheduler.report import Report, build_report
 from drift_scheduler.scheduler import Limits, Scheduler
-from drift_scheduler.simulation.cluster import Setting
+from drift_scheduler.simulation.cluster import Setting, pages_that_fit
 from drift_scheduler.simulation.executor import Overheads, SimulatedExecutor
 from drift_scheduler.simulation.kv import CountingKv
 
@@ -281,7 +280,7 @@ def _device(spec: DeviceSpec, model: ModelSpec, costs: CostModel) -> Device:
 
 def _pages(scenario: Scenario, device: DeviceSpec, model: ModelSpec) -> int:
     if scenario.kv_pages is None:
-        return kv_tokens(device, model) // scenario.page_tokens
+        return pages_that_fit(device, model, scenario.page_tokens)
     if scenario.kv_pages < 1:
         raise OptionError(f"kv-pages is {scenario.kv_pages}, need at least 1")
     return scenario.kv_pages

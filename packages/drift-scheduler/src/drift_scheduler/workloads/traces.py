@@ -13,6 +13,7 @@ import csv
 import gzip
 import io
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -120,6 +121,8 @@ def read_trace(
         raise OptionError(f"{requests} requests, need at least 1")
     if max_output < 1 or (block_tokens is not None and block_tokens < 1):
         raise OptionError("max_output and block_tokens need to be at least 1")
+    if requests is not None:
+        requests = min(requests, sys.maxsize)  # islice counts no further
     first = next(_records(path), None)
     if first is None:
         raise DriftError(f"{path}: holds no requests")
