@@ -217,6 +217,30 @@ def test_bad_input_is_one_line_and_exit_code_2(args: tuple[str, ...], message: s
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("path", "problem"), [("none/found.json", "No such file"), ("", "Is a directory")])
+def test_where_no_report_can_go_is_seen_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: str, problem: str
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing was to be run")
+
+    monkeypatch.setattr("drift_scheduler.simulation.run.Simulation.run", never)
+    report = ("--json", str(tmp_path / path))
+    grid = tmp_path / "grid.toml"
+    grid.write_text(
+        'devices = ["h200"]\nmodels = ["llama-3.1-8b"]\npolicies = ["gang"]\n[[workloads]]\nname = "sharegpt"\n'
+    )
+    searched = ("--dispatch", "gang", "--workload", "sharegpt", "--device", "h200", "--model", "llama-3.1-8b")
+    for result in (
+        simulate(*SHAREGPT, *report),
+        drift("goodput", *searched, *report),
+        drift("bench", str(grid), *report),
+    ):
+        assert result.exit_code == 2
+        assert problem in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
 def test_lists(tmp_path: Path) -> None:
     assert "tool-agent" in drift("workloads").stdout
     found = json.loads(drift("plugins", "list", "--json", "-").stdout)

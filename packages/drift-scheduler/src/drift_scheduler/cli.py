@@ -84,10 +84,23 @@ def drift() -> None:
     """Serve language models with prefill and decode side by side on one device, or simulate it."""
 
 
+def _json_path(_context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+    """Where a report may go, seen before an hour of work is done for it. Raises DriftError."""
+    from pathlib import Path
+
+    if path is not None and path != "-":
+        if not Path(path).parent.is_dir():
+            raise DriftError(f"{path}: No such file or directory")
+        if Path(path).is_dir():
+            raise DriftError(f"{path}: Is a directory")
+    return path
+
+
 json_option = click.option(
     "--json",
     "json_path",
     metavar="PATH|-",
+    callback=_json_path,
     help="Write the report as JSON to a file, or with - to stdout in place of the table.",
 )
 
