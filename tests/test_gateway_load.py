@@ -256,6 +256,19 @@ def test_the_command_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (refused.exit_code, "-1000<=x<=1000" in refused.output) == (2, True)
 
 
+def test_where_no_report_can_go_is_seen_before_anybody_is_asked(tmp_path: Path) -> None:
+    asked = [
+        "--workload",
+        "sharegpt",
+        "--target",
+        "nowhere:1",
+        "--json",
+        str(tmp_path / "none" / "load.json"),
+    ]
+    with pytest.raises(DriftError, match=r"none/load\.json: No such file or directory"):
+        CliRunner().invoke(load_command, asked, catch_exceptions=False)
+
+
 def test_a_stalled_server_does_not_slow_the_client_down(tmp_path: Path) -> None:
     trace = burst(tmp_path, 40, every_ms=2.0)
 

@@ -26,6 +26,7 @@ from drift_kernels.ops import select_ops
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.table import CostTable, read_table, write_table
 from drift_scheduler.domain import DecodeShape, Device, Partition, PrefillShape
+from drift_scheduler.errors import DriftError
 
 LAYERS = 6
 MODEL = ModelConfig(
@@ -159,3 +160,10 @@ def test_the_command_writes_a_table(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert read_table(out).model == "demo"
     assert "decode" in result.output
+
+
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_where_no_table_can_go_is_seen_before_anything_is_measured(tmp_path: Path, option: str) -> None:
+    arguments = ["--model", "no-such-model", option, str(tmp_path / "none" / "table.json")]
+    with pytest.raises(DriftError, match=r"none/table\.json: No such file or directory"):
+        CliRunner().invoke(profile_command, arguments, catch_exceptions=False)

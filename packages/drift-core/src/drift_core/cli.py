@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from drift_scheduler.cli import writable
 from drift_scheduler.errors import DriftError
 
 
@@ -60,7 +61,14 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--dispatch", default="drift", show_default=True, help="Dispatch policy (see `drift plugins list`)."
 )
-@click.option("--json", "json_path", default=None, metavar="PATH|-", help="Write the outputs as JSON.")
+@click.option(
+    "--json",
+    "json_path",
+    default=None,
+    metavar="PATH|-",
+    callback=writable,
+    help="Write the outputs as JSON.",
+)
 def generate(
     model: str,
     device: str,
@@ -111,12 +119,11 @@ def generate(
 @click.option("--full", is_flag=True, help="Every split and all layers; minutes instead of seconds.")
 @click.option("--max-running", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--max-context", type=click.IntRange(min=2), default=None, help="Default: the model's.")
+@click.option("--out", default=None, metavar="PATH", callback=writable, help="Write the cost table here.")
 @click.option(
-    "--out", "out", type=click.Path(dir_okay=False), default=None, help="Write the cost table here."
-)
-@click.option(
-    "--json", "json_path", default=None, metavar="PATH|-", help="The same table, - for standard output."
-)
+    "--json", "json_path", default=None, metavar="PATH|-", callback=writable,
+    help="The same table, - for standard output.",
+)  # fmt: skip
 def profile(
     model: str,
     device: str,

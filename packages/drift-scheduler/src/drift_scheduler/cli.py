@@ -84,8 +84,11 @@ def drift() -> None:
     """Serve language models with prefill and decode side by side on one device, or simulate it."""
 
 
-def _json_path(_context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
-    """Where a report may go, seen before an hour of work is done for it. Raises DriftError."""
+def writable(_context: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+    """Where a file or `-` is to go, looked at before an hour of work is done for it: an option's callback.
+
+    Raises DriftError.
+    """
     from pathlib import Path
 
     if path is not None and path != "-":
@@ -100,7 +103,7 @@ json_option = click.option(
     "--json",
     "json_path",
     metavar="PATH|-",
-    callback=_json_path,
+    callback=writable,
     help="Write the report as JSON to a file, or with - to stdout in place of the table.",
 )
 

@@ -11,6 +11,7 @@ import click
 
 from drift_gateway.commands.entry import entry
 from drift_gateway.connection import Connection, connection_options
+from drift_scheduler.cli import emit, writable
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 INTERRUPTED = 130
@@ -59,6 +60,7 @@ INTERRUPTED = 130
     "--json",
     "json_path",
     metavar="PATH|-",
+    callback=writable,
     help="Write the report as JSON to a file, or with - to stdout in place of the table.",
 )
 @entry
@@ -70,7 +72,6 @@ def load(connection: Connection, json_path: str | None, **settings: Any) -> int:
     from rich.console import Console
 
     from drift_gateway.terminal.load import LoadOptions, run
-    from drift_scheduler.cli import emit
     from drift_scheduler.plugins import load as load_plugins
 
     report = run(LoadOptions(connection, **settings), load_plugins(strict=False), Console(stderr=True))
