@@ -212,6 +212,9 @@ def test_a_partition_policy_that_raises_is_named_and_not_the_policy_that_asked()
     outcome = run_case(Case("calm", 7, hazards=CALM), partitions=Raises())
     assert len(outcome.reasons) == 30
     assert set(outcome.faults) == {"Raises raised KeyError: 'no row'"}
+    asked = compare_golden(GangPolicy(), GOLDEN.FOLDER / "dispatch-gang.jsonl", partitions=Raises())
+    assert asked.first is not None
+    assert asked.first.other == "Raises raised KeyError: 'no row'"
 
 
 def test_who_asks_for_a_split_where_there_is_none_is_named() -> None:

@@ -19,7 +19,7 @@ from drift_scheduler.domain import (
     RequestArrived,
     Waiting,
 )
-from drift_scheduler.legality import IllegalGangError, check_gang
+from drift_scheduler.legality import IllegalGangError, PartitionFaultError, check_gang
 from drift_scheduler.log_reader import DecisionLogFile, LoggedGang, LoggedStep
 from drift_scheduler.protocols import CostModel, DispatchPolicy, PartitionPolicy
 from drift_scheduler.scheduler import Scheduler
@@ -158,6 +158,8 @@ class _Follower:
                 check_gang(view, gang)
         except IllegalGangError as error:
             return None, f"proposed {error}"
+        except PartitionFaultError as error:
+            return None, str(error)
         except Exception as error:  # a third party's policy may raise anything; the comparison goes on
             return None, f"raised {type(error).__name__}: {error}"
         return gang, ""
