@@ -21,9 +21,8 @@ from drift_scheduler.conformance import (
     exercise,
     record_golden,
     run_case,
-    small_device,
 )
-from drift_scheduler.dispatch import FACTORIES
+from drift_scheduler.dispatch import CLUSTER_ONLY, FACTORIES
 from drift_scheduler.dispatch.exclusive import Alternate
 from drift_scheduler.dispatch.gang import GangPolicy
 from drift_scheduler.domain import SLO, PrefillShape
@@ -108,11 +107,8 @@ def test_a_policy_that_raises_is_a_difference_and_the_comparison_goes_on(tmp_pat
 # --------------------------------------------------------------------------------------------- cases
 
 
-@pytest.mark.parametrize("name", sorted(FACTORIES))
+@pytest.mark.parametrize("name", sorted(FACTORIES.keys() - CLUSTER_ONLY))
 def test_built_in_dispatch_policies_come_through_every_case(name: str) -> None:
-    refuses = getattr(FACTORIES[name](), "refuses", None)
-    if refuses is not None and refuses(small_device()):
-        pytest.skip("runs on simulated clusters only")
     for case in CASES[::2]:
         outcome = run_case(case, dispatch=FACTORIES[name]())
         conform(outcome)
