@@ -18,7 +18,7 @@ from drift_scheduler import cli
 from drift_scheduler.cost.fitted import FittedCost
 from drift_scheduler.cost.table import CostTable, DecodeRow, PrefillRow
 from drift_scheduler.decision_log import DecisionLog
-from drift_scheduler.dispatch import FACTORIES
+from drift_scheduler.dispatch import CLUSTER_ONLY, FACTORIES
 from drift_scheduler.domain import SLO, Device, Partition, Request, StepRecord, Tokens
 from drift_scheduler.errors import DriftError
 from drift_scheduler.log_facts import Sample, Timed, gather, measured_device
@@ -214,6 +214,15 @@ def test_a_policy_that_cannot_run_there_says_why_and_is_still_served_where_it_ca
     (found,) = replayed(str(log), "--dispatch", "nanoflow")["logs"]
     (other,) = found["others"]
     assert "simulated clusters only" in other["decisions"]["reason"]
+    assert other["report"]["requests"]["finished"] == 30
+
+
+@pytest.mark.parametrize("system", sorted(CLUSTER_ONLY))
+def test_logs_of_other_systems_are_read_and_served_as_they_were(tmp_path: Path, system: str) -> None:
+    log = simulated_log(tmp_path / "a.jsonl", system, "--device", "8xa100-80gb", "--workload", "sharegpt")
+    (found,) = replayed(str(log), "--dispatch", "gang")["logs"]
+    assert found["decisions"]["ratio"] == 1.0
+    (other,) = found["others"]
     assert other["report"]["requests"]["finished"] == 30
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drift_scheduler import FinishReason, Gang, Limits, Partition, Sharing
-from drift_scheduler.conformance import Hazards, InvariantError, exercise, small_device
+from drift_scheduler import DriftError, FinishReason, Gang, Limits, Partition, Scheduler, Sharing
+from drift_scheduler.conformance import FlatCosts, Hazards, InvariantError, exercise, small_device
 from drift_scheduler.dispatch import CLUSTER_ONLY, FACTORIES
 from drift_scheduler.dispatch.gang import GangPolicy
+from drift_scheduler.partition import TightestDecode
+from drift_scheduler.simulation.kv import CountingKv
 
 POLICIES = sorted(FACTORIES.keys() - CLUSTER_ONLY)  # those run on clusters laid out their own way
 
@@ -99,6 +104,22 @@ def test_the_checker_itself_can_fail() -> None:
             exercise(Sliced(), seed=1)
     finally:
         module.check_gang = checked
+
+
+@pytest.mark.parametrize(
+    ("menu", "fault"),
+    [
+        ([(2, 2)], "lacks 4+0, the whole device for one lane"),
+        ([(4, 0), (2, 2)], "lacks 0+4, the whole device for one lane"),
+        ([(4, 0), (0, 4), (3, 2)], "3+2 units of 4"),
+        ([(4, 0), (0, 4), (5, -1)], "5+-1 units of 4"),
+        ([(4, 0), (0, 4), (0, 0)], "0+0 units of 4"),
+    ],
+)
+def test_a_menu_by_which_nothing_could_be_served_is_refused(menu: list[tuple[int, int]], fault: str) -> None:
+    device = replace(small_device(4), menu=tuple(Partition(*split) for split in menu), name="mine")
+    with pytest.raises(DriftError, match=f"^menu of device 'mine': {re.escape(fault)}$"):
+        Scheduler(device, CountingKv(8, 16), GangPolicy(), TightestDecode(), FlatCosts())
 
 
 def test_an_undivided_device_still_serves() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from drift_scheduler.domain import (
     DecodeStep,
+    Device,
     Gang,
     Partition,
     PrefillBatch,
@@ -48,6 +49,22 @@ class CheckedPartitions:
     @property
     def _name(self) -> str:
         return type(self._policy).__name__
+
+
+def menu_fault(device: Device) -> str | None:
+    """Why nothing could be served by this menu; `None` where all is well.
+
+    Where nothing decodes a prefill takes the whole device, and the other way round, but on a cluster laid out for some
+    system, whose lanes have accelerators of their own.
+    """
+    for partition in device.menu:
+        least, units = min(partition.prefill, partition.decode), partition.prefill + partition.decode
+        if least < 0 or not 0 < units <= device.total_units:
+            return f"{partition} units of {device.total_units}"
+    for whole in () if device.system else (device.all_prefill, device.all_decode):
+        if whole not in device.menu:
+            return f"lacks {whole}, the whole device for one lane"
+    return None
 
 
 def check_gang(view: View, gang: Gang) -> None:

@@ -36,6 +36,7 @@ from drift_scheduler.domain import (
     Sharing,
 )
 from drift_scheduler.errors import DriftError
+from drift_scheduler.legality import menu_fault
 from drift_scheduler.scheduler import Limits
 
 Units = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
@@ -224,20 +225,23 @@ def open_log(path: str | Path) -> DecisionLogFile:
         raise DriftError(f"log {path}: empty; a log's first line says schema {SCHEMA}")
     number, data, _ = first
     header = _decode(_HEADER, data, path, number)
-    device = header.device
-    _check_menu(device, f"log {path}:{number}: field device.menu")
+    logged = header.device
+    device = Device(
+        logged.units,
+        tuple(Partition(*split) for split in logged.menu),
+        logged.layers,
+        frozenset(logged.sharings),
+        logged.repartition_while_busy,
+        logged.name,
+        logged.system,
+    )
+    fault = menu_fault(device)
+    if fault is not None:
+        raise DriftError(f"log {path}:{number}: field device.menu: {fault}")
     return DecisionLogFile(
         path=str(path),
         source=header.source,
-        device=Device(
-            device.units,
-            tuple(Partition(*split) for split in device.menu),
-            device.layers,
-            frozenset(device.sharings),
-            device.repartition_while_busy,
-            device.name,
-            device.system,
-        ),
+        device=device,
         total_pages=header.kv.total_pages,
         page_tokens=header.kv.page_tokens,
         limits=Limits(
@@ -249,15 +253,6 @@ def open_log(path: str | Path) -> DecisionLogFile:
         config=header.config,
         table=header.table,
     )
-
-
-def _check_menu(device: _Device, where: str) -> None:
-    for prefill, decode in device.menu:
-        if not 0 < prefill + decode <= device.units:
-            raise DriftError(f"{where}: {prefill}+{decode} units of {device.units}")
-    for whole in ((device.units, 0), (0, device.units)):
-        if whole not in device.menu:
-            raise DriftError(f"{where}: lacks {whole[0]}+{whole[1]}, the whole device for one lane")
 
 
 _HEADER = msgspec.json.Decoder(_Header)

@@ -42,7 +42,13 @@ from drift_scheduler.domain import (
 )
 from drift_scheduler.errors import DriftError
 from drift_scheduler.foresight import NEAR, ForeseenView, Plan, lane_seconds, next_end
-from drift_scheduler.legality import CheckedPartitions, IllegalGangError, PartitionFaultError, check_gang
+from drift_scheduler.legality import (
+    CheckedPartitions,
+    IllegalGangError,
+    PartitionFaultError,
+    check_gang,
+    menu_fault,
+)
 from drift_scheduler.lifecycle import Signal, State, advance
 from drift_scheduler.live_view import LiveView
 from drift_scheduler.pages_ahead import PagesAhead
@@ -80,7 +86,7 @@ class Limits:
 
 
 class Scheduler:
-    """Feed events, get steps.
+    """Feed events, get steps. Raises DriftError for a device that could serve nothing, or that `dispatch` refuses.
 
     `costs` predicts, `dispatch` decides, `partitions` splits; `stopwatch` (a monotonic clock in seconds) is only
     used to notice a policy that is too slow, and may be left out.
@@ -96,6 +102,8 @@ class Scheduler:
         limits: Limits | None = None,
         stopwatch: Callable[[], float] | None = None,
     ) -> None:
+        if (fault := menu_fault(device)) is not None:
+            raise DriftError(f"menu of device '{device.name}': {fault}")
         self.device = device
         self.kv = kv
         self.costs = costs
