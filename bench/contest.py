@@ -114,7 +114,8 @@ def page(rows: Sequence[Row], grid: Grid, settings: Mapping[str, Any]) -> str:
         "The highest request rate at which p99 TTFT over requests and p99 TBT over tokens keep their targets,",
         "simulated. The grid is in `bench/grid-full.toml`: three systems, five generated workloads, four replayed",
         "traces, and the TBT targets that each system can meet at all. Where a cell lost, the policy was changed,",
-        "never the grid.",
+        "never the grid. The traces are public, and not in this repository: Mooncake's conversation and synthetic ones",
+        "and Azure's of 2023, as JSON Lines ([workloads](workloads.md#traces)) in `shared/traces` beside the checkout.",
         "",
         f"- Cells: {len(rows)} of {len(grid.cells)}{_left_out(rows, grid)}. `drift` is below {SHARE} of the best other "
         f"policy in {len(lost)} of them.",

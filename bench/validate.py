@@ -417,8 +417,8 @@ Its published engine also differs in ways that are not modelled (its own kernels
 **LoongServe** is priced with everyone's kernels here. The paper ran its engine, which decodes without captured graphs
 and pays for it most where decode dominates: sharegpt (9.5) and openthoughts (never meets). Neither is a property of
 its schedule, which is what is modelled. On tool-agent it suffers from computing whole prompts, as published, and more
-so: our generated sessions reuse what FACTS' means imply with an unlimited cache, 57% of a prompt, so a system without
-a prefix cache computes 2.3 times the tokens.
+so: our generated sessions reuse what the published means imply with an unlimited cache, 57% of a prompt, so a system
+without a prefix cache computes 2.3 times the tokens.
 
 **Prefill/decode disaggregation** is within 25% except on tool-agent 70B and openthoughts. On tool-agent its prefix
 cache is the prefill group's, a third of the pool of eight accelerators, and the generated sessions continue in random

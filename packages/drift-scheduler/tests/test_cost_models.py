@@ -44,7 +44,8 @@ from drift_scheduler.errors import DriftError
 DEVICE = "8xa100-80gb"
 K = 1024
 
-# FACTS section 1, ms by SM count: 70B decode 32x1K, 32x4K, prefill 4K, 2K with 32K reused; 8B decode 32x1K, prefill 4K.
+# As published (arXiv 2504.14489), ms by SM count:
+# 70B decode 32x1K, 32x4K, prefill 4K, 2K with 32K reused; 8B decode 32x1K, prefill 4K.
 PUBLISHED = {
     16: (55.6, 80.0, 2042, 1775, 11.9, 272),
     32: (34.1, 46.8, 1054, 908, 8.1, 143),

@@ -15,7 +15,7 @@ from drift_scheduler.errors import DriftError
 from drift_scheduler.workloads import FACTORIES
 from drift_scheduler.workloads.generated import Truncated
 
-# FACTS section 1: min, mean, max of input and of output, mean reused.
+# As published (arXiv 2504.14489): min, mean, max of input and of output, mean reused.
 PUBLISHED = {
     "sharegpt": ((4, 226, 1024), (4, 195, 1838), 0),
     "loogle": ((3380, 30_000, 81_000), (2, 15, 326), 0),

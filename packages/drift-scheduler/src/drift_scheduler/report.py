@@ -23,7 +23,7 @@ TIMES = ("ttft_s", "tbt_s", "tpot_s", "e2e_s", "queue_s")
 
 
 def build_report(metrics: Metrics, config: Mapping[str, Any]) -> Report:
-    """Everything `metrics` counted, under the keys DESIGN fixes. `config`: every flag, the seed and versions."""
+    """Everything `metrics` counted, as `drift.report/1`. `config`: every flag, the seed and versions."""
     metrics.settle()
     ends, duration = metrics.ends, metrics.duration
     finished = ends[FinishReason.STOP] + ends[FinishReason.LENGTH]

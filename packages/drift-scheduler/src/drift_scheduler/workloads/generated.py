@@ -1,4 +1,4 @@
-"""Generated workloads, fitted to published statistics (min/mean/max of each length; FACTS of arXiv 2504.14489).
+"""Generated workloads, fitted to published statistics (min/mean/max of each length; arXiv 2504.14489).
 
 The distribution is our choice, as only min, mean and max are published: a lognormal truncated to [min, max]
 whose sigma spans the range with six standard deviations (sigma = ln(max/min)/6) and whose mu makes the

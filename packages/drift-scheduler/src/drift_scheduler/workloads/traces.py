@@ -44,7 +44,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 
 
 class _Ours(msgspec.Struct, frozen=True):
-    """DESIGN's trace schema; further fields are ignored."""
+    """A line of our own trace schema (docs/workloads.md); further fields are ignored."""
 
     arrival_ms: Milliseconds
     input_tokens: Tokens
