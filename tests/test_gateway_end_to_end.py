@@ -176,6 +176,26 @@ def test_a_stop_string_cuts_the_text_of_the_real_model(target: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_name_may_be_used_again_after_a_stop_string_or_a_cancellation(target: str) -> None:
+    """The engine may still work on what was called so before."""
+
+    async def body(client: api.AsyncDriftClient) -> None:
+        for turn in range(12):
+            generation = client.generate(
+                PROSE, request_id="again", temperature=0.0, stop=[" "], max_tokens=400
+            )
+            assert (await generation.complete()).finish_reason == "stop"
+            endless = client.generate(token_ids=[5 + turn], request_id="again", ignore_eos=True)
+            async for event in endless:
+                if isinstance(event, api.TokenDelta):
+                    break
+            endless.cancel()
+            while (await client.load()).in_flight:  # the server has heard of it
+                await asyncio.sleep(0.001)
+
+    run(target, body)
+
+
 def test_the_demo_finishes_every_request() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "drift_gateway", "demo"],

@@ -291,6 +291,29 @@ def test_cancellation_gives_the_pages_back(serving: Callable[..., Session]) -> N
     assert len(session.engine.executor._sequences) == 0  # type: ignore[attr-defined]
 
 
+def test_the_name_of_a_cancelled_request_may_be_used_again_at_once(
+    serving: Callable[..., Session], reference: Callable[[Sequence[int], int], list[int]]
+) -> None:
+    """Its end is told while a lane still works on it."""
+    session = serving()
+    endless = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    session.submit("a", [9, 8, 7], endless)
+    for turn in range(8):
+        session.until(lambda turn=turn: len(session.tokens.get("a", ())) > turn)  # type: ignore[misc]
+        session.engine.cancel("a", stop=True)
+        session.wait("a")
+        session.finished.clear()
+        session.tokens.clear()
+        session.submit("a", [turn + 2, 4], endless)
+    session.engine.cancel("a")
+    session.wait("a")
+    session.finished.clear()
+    session.tokens.clear()
+    session.submit("a", [3, 4, 5])
+    assert session.wait("a")[0].reason is FinishReason.LENGTH
+    assert session.tokens["a"] == reference([3, 4, 5], 24)
+
+
 def test_a_lane_that_raises_fails_its_requests_and_serves_the_next(
     serving: Callable[..., Session],
     reference: Callable[[Sequence[int], int], list[int]],

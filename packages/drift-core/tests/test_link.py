@@ -25,6 +25,7 @@ from drift_core.frames import (
     Failed,
     FinishedItem,
     Others,
+    Ping,
     Ready,
     Shutdown,
     Starting,
@@ -167,6 +168,8 @@ def test_an_id_that_is_used_again_gets_its_tokens() -> None:
         while before.requests[0].behind < 2:
             await news(other)
         before.cancel()
+        engine.link.send(StepFrame(2.5, finished=[FinishedItem("a#0", "cancelled")]))
+        await asyncio.wait_for(client.free(["a#0"]), WAIT)
         after = client.submit([submit("a#0")])
         engine.link.send(StepFrame(3.0, tokens=[TokensItem(["a#0"], pack_ids([5]), True)]))
         engine.link.send(StepFrame(4.0, tokens=[TokensItem(["a#0", "b#0"], pack_ids([6, 7]))]))
@@ -201,6 +204,53 @@ def test_cancel_reaches_the_engine_and_ends_the_news() -> None:
         assert frames[2:] == [Cancel("a#1", stop=True), Cancel("a#0"), Cancel("a#1")]
         assert client.in_flight == 0
         engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0"], pack_ids([1]))]))  # too late, no fault
+
+    joined(body)
+
+
+def test_what_is_told_late_of_a_cancelled_request_is_not_told_of_the_next_of_its_name() -> None:
+    async def body(client: EngineClient, engine: Engine) -> None:
+        client.submit([submit("a#0")]).cancel()
+        with pytest.raises(ValueError, match="'a#0' is in flight"):
+            client.submit([submit("a#0")])
+        free = asyncio.ensure_future(client.free(["a#0", "b#0"]))
+        engine.link.send(StepFrame(1.0, tokens=[TokensItem(["a#0"], pack_ids([1]), True)]))
+        engine.link.send(StepFrame(2.0, finished=[FinishedItem("a#0", "cancelled")]))
+        await asyncio.wait_for(free, WAIT)
+        after = client.submit([submit("a#0")])
+        engine.link.send(StepFrame(3.0, tokens=[TokensItem(["a#0"], pack_ids([5]), True)]))
+        engine.link.send(StepFrame(4.0, finished=[FinishedItem("a#0", "length")]))
+        while after.requests[0].finished is None:
+            await news(after)
+        assert after.requests[0].finished.reason == "length"
+        assert after.requests[0].take()[:2] == ([5], [3.0])
+
+    joined(body)
+
+
+def test_a_request_is_cancelled_once_and_nobody_else_of_its_name() -> None:
+    async def body(client: EngineClient, engine: Engine) -> None:
+        before = client.submit([submit("a#0")])
+        before.cancel()
+        engine.link.send(StepFrame(1.0, finished=[FinishedItem("a#0", "cancelled")]))
+        await asyncio.wait_for(client.free(["a#0"]), WAIT)
+        client.submit([submit("a#0")])
+        before.cancel()
+        client.ping(1)
+        assert (await engine.until(4))[1:] == [Cancel("a#0"), submit("a#0"), Ping(1)]
+        assert client.in_flight_ids() == ["a#0"]
+
+    joined(body)
+
+
+def test_the_end_of_the_engine_frees_all_names() -> None:
+    async def body(client: EngineClient, engine: Engine) -> None:
+        client.submit([submit("a#0")]).cancel()
+        free = asyncio.ensure_future(client.free(["a#0"]))
+        await engine.until(2)
+        await asyncio.to_thread(engine.link.close)
+        await asyncio.wait_for(free, WAIT)
+        assert client.gone.done()
 
     joined(body)
 

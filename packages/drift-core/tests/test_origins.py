@@ -14,7 +14,7 @@ import pytest
 
 from drift_core.engine import engine_config
 from drift_core.engine_process import serve_socket
-from drift_core.frames import Answer, Failed, Join, Others, SetPolicy, StepFrame, Submit
+from drift_core.frames import Answer, Failed, FinishedItem, Join, Others, SetPolicy, StepFrame, Submit
 from drift_core.link import EngineClient, Submission
 from drift_core.origins import IdInUseError, Origins
 from drift_core.sampling_params import SamplingParams
@@ -194,6 +194,22 @@ def test_nobody_listens_where_one_is_to_join() -> None:
         assert "no gateway listens at /no/such.sock" in answer.error
 
     with_gateways(body, count=0)
+
+
+def test_ids_are_free_before_it_is_told_that_their_requests_ended() -> None:
+    """Whoever hears of an end may use the name while the step is still being told to others."""
+    origins = Origins(lambda frame: None)
+    other = origins.new()
+    other.send = lambda frame: None
+    for origins_of in (origins.first, other):  # alone, and with another gateway
+        assert origins.enter(origins_of, "x#0")
+        ended = StepFrame(1.0, finished=[FinishedItem(origins_of.inside("x#0"), "length")])
+        for _ in origins.share(ended, {}):
+            if not origins_of.requests:
+                assert origins.enter(origins_of, "x#0")
+        assert origins_of.requests == {origins_of.inside("x#0")}
+        origins.end(origins_of.inside("x#0"))
+        origins.join(other, Failed("a greeting"))
 
 
 def test_ids_are_free_again_when_requests_end() -> None:

@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import msgspec
 
 from drift_core.frames import Ready, Submit
+from drift_core.names import Names
 from drift_core.sampling_params import SamplingParams, Structured
 from drift_scheduler.domain import (
     SLO,
@@ -186,6 +188,7 @@ class Engine:
         self._decisions = decisions
         self._joining = joining
         self._arriving = threading.Lock()
+        self._names = Names()
         if decisions is not None:
             self._observers.append(decisions)
 
@@ -237,7 +240,8 @@ class Engine:
         """Queue a request. Raises DriftError when its prompt or sampling is not one this model can take.
 
         One whose output has a form is queued when that is compiled, on another thread where that takes time;
-        `refused` is called instead, perhaps on that thread, when it turns out not to be one.
+        `refused` is called instead, perhaps on that thread, when it turns out not to be one. One of the name of a
+        request that was cancelled is queued when no lane works on that any more.
         """
         sampling, prompt = submission.sampling, submission.prompt
         self.check(prompt, sampling)
@@ -255,19 +259,20 @@ class Engine:
             salt=submission.salt,
             reuse_tokens=submission.reuse_tokens,
         )
-        if sampling.structured is None:
-            with self._arriving:
-                self.executor.arrive(request, sampling)
-            return
+        told = refused if refused is not None else _unheard
 
-        def ready(matcher: Matcher) -> None:
+        def arrive(matcher: Matcher | None = None) -> None:
             with self._arriving:
                 self.executor.arrive(request, sampling, matcher)
 
-        told = refused if refused is not None else _unheard
-        self._forms(sampling.structured).join(
-            request.id, sampling.structured, ready, told, self.executor.post
-        )
+        if sampling.structured is None:
+            self._names.take(request.id, arrive, told)
+            return
+
+        def ready(matcher: Matcher) -> None:
+            self._names.take(request.id, partial(arrive, matcher), told)
+
+        self._forms(sampling.structured).join(request.id, sampling.structured, ready, told, self._cancel)
 
     def prepare(self, sampling: SamplingParams) -> None:
         """Compile the form of outputs, if they have one, so that their requests need not wait for it: waits itself.
@@ -303,7 +308,7 @@ class Engine:
         """End a request; `stop`: it has said enough, which is no cancellation. Unknown ids are no fault."""
         event = RequestCancelled(request_id, FinishReason.STOP if stop else FinishReason.CANCELLED)
         if self._joining is None or not self._joining.hold(event):
-            self.executor.post(event)
+            self._cancel(event)
 
     def observe(self, observer: Observer) -> None:
         """Tell another observer of every step. Before `run`."""
@@ -342,7 +347,12 @@ class Engine:
             raise DriftError(f"{structured.field}: this engine holds no output to a form")
         return self._joining
 
+    def _cancel(self, event: RequestCancelled) -> None:
+        self._names.leave(event.request_id, partial(self.executor.post, event))
+
     def _deliver(self, step: Step, deliver: Callable[[Step], None]) -> None:
+        if step.ended:
+            self._names.free(step.ended)
         for fault in step.faults:
             log.warning("scheduler: %s", fault)
         deliver(step)

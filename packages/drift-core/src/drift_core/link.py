@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, cast
 
@@ -56,6 +57,9 @@ MAX_BACKLOG_BYTES: Final = 64 * 1024 * 1024
 
 ITEMS_PER_LOOK: Final = 64
 """After so many items of tokens readers that are busy are looked at, whether they lag."""
+
+LEAVING_S: Final = 5.0
+"""How long a name may wait to be free; an engine that does not hang tells of a cancelled request's end with a step."""
 
 EXIT_STATUS_ORPHANED: Final = 70
 
@@ -237,6 +241,7 @@ class EngineClient:
         self._server: asyncio.AbstractServer | None = None
         self._transport: asyncio.Transport | None = None
         self._in_flight: dict[str, tuple[Progress, Submission]] = {}
+        self._leaving: dict[str, asyncio.Event] = {}  # forgotten before the engine told of their ends
         self._columns = Columns(self._progress)
         self._items = 0
         self._latest: StepFrame | None = None
@@ -276,15 +281,27 @@ class EngineClient:
         """Their ids."""
         return list(self._in_flight)
 
+    async def free(self, request_ids: Iterable[str]) -> None:
+        """Wait until the engine has ended what was called so and was cancelled a moment ago.
+
+        Until then it knows the names, and what it tells under them is of the earlier requests.
+        """
+        leaving = [self._leaving[request_id] for request_id in request_ids if request_id in self._leaving]
+        if leaving:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LEAVING_S):
+                    for left in leaving:
+                        await left.wait()
+
     def submit(self, frames: Sequence[Submit]) -> Submission:
         """Send requests that one reader will follow. Raises EngineGone, or FrameError on one too long.
 
-        Raises ValueError on an id that is in flight.
+        Raises ValueError on an id that is in flight, or is not `free` yet.
         """
         if self.gone.done() or self._transport is None:
             raise EngineGone("the engine is not running")
         for frame in frames:
-            if frame.id in self._in_flight:
+            if frame.id in self._in_flight or frame.id in self._leaving:
                 raise ValueError(f"request id '{frame.id}' is in flight already")
         data = b"".join(encode_frame(frame) for frame in frames)
         submission = Submission(
@@ -298,9 +315,11 @@ class EngineClient:
 
     def forget(self, request_id: str, cancel: bool) -> None:
         """Hear no more of a request, and `cancel` it in the engine."""
-        if (found := self._in_flight.pop(request_id, None)) is not None:
-            found[0].leave()
+        if (found := self._in_flight.pop(request_id, None)) is None:
+            return  # it ended
+        found[0].leave()
         if cancel:
+            self._leaving[request_id] = asyncio.Event()
             self._send(Cancel(request_id))
 
     def cancel(self, request_id: str, stop: bool = False) -> None:
@@ -352,6 +371,9 @@ class EngineClient:
             progress.leave()
             submission.fail(error)
         self._in_flight.clear()
+        for left in self._leaving.values():
+            left.set()
+        self._leaving.clear()
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -435,7 +457,9 @@ class EngineClient:
         for item in frame.tokens:
             self._deliver_tokens(item, frame.time)
         for finished in frame.finished:
-            if (found := in_flight.pop(finished.id, None)) is not None:
+            if (left := self._leaving.pop(finished.id, None)) is not None:
+                left.set()
+            elif (found := in_flight.pop(finished.id, None)) is not None:
                 found[0].leave()
                 found[0].finished = finished
                 found[1].notify(urgent=True)

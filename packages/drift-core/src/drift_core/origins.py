@@ -146,17 +146,20 @@ class Origins:
     # --------------------------------------------------------------------------------------------- a step
 
     def share(self, frame: StepFrame, live: Mapping[str, Tracked]) -> Iterator[tuple[Origin, StepFrame]]:
-        """What each gateway is to be told of a step whose frame has the engine's ids."""
+        """What each gateway is to be told of a step whose frame has the engine's ids.
+
+        The names of what ended are free before that is told: a gateway that hears of it may use them at once.
+        """
         with self._lock:
             everybody = self._all
         if len(everybody) == 1 and everybody[0] is self.first and not self._joined:
-            yield self.first, frame
+            parts = [(self.first, frame)]
         else:
             told = self._told(frame, live)
-            for origin in everybody:
-                yield origin, self._frame_for(origin, frame, told, live)
+            parts = [(origin, self._frame_for(origin, frame, told, live)) for origin in everybody]
         for item in frame.finished:
             self.end(item.id)
+        yield from parts
 
     def _told(self, frame: StepFrame, live: Mapping[str, Tracked]) -> dict[Origin, _Told]:
         """What the step says, by whose request it is about."""

@@ -76,6 +76,7 @@ class Submission:
     __slots__ = (
         "__weakref__",
         "_busy_since",
+        "_dropped",
         "_error",
         "_forget",
         "_left",
@@ -113,6 +114,7 @@ class Submission:
         self.held_until = 0.0
         """Until when its tokens are held for more to come, if they are."""
         self._left = False
+        self._dropped = False
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Task[Any] | None = None
         self._busy_since = 0.0
@@ -228,6 +230,9 @@ class Submission:
         return None
 
     def _drop(self) -> None:
+        if self._dropped:
+            return  # their names may be others' by now
+        self._dropped = True
         for request in self.requests:
             self._forget(request.id, cancel=request.finished is None)
 

@@ -26,7 +26,7 @@ from drift_gateway.observe.request_record import Recorder, RequestRecord, tell
 from drift_gateway.observe.splits_used import SplitsUsed
 from drift_gateway.outputs import Output
 from drift_gateway.refusal import Reason, Refusal, invalid, refusals_as_statuses
-from drift_gateway.supervisor import Served, Supervisor
+from drift_gateway.supervisor import Served, Supervisor, in_use
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
 from drift_scheduler.domain import FinishReason
@@ -77,6 +77,7 @@ class Generations:
         served = supervisor.serving()
         admitted, verdict = await self._admit(request, served, call)
         record.request_id, record.demoted = admitted.request_id, admitted.demoted
+        await served.client.free(admitted.output_ids)
         submission = supervisor.submit(served, admitted.frames())
         supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
         supervisor.splits.watch(admitted.output_ids)
@@ -245,7 +246,7 @@ def _accepted(served: Served, admitted: Admitted, submission: Submission) -> pb.
 def _rejected(admitted: Admitted, end: FinishedItem) -> Refusal:
     """What an engine's rejection is to the client: a form that it does not take is the field's fault."""
     if end.id_in_use:
-        return Refusal(Reason.REQUEST_ID_IN_USE, end.message)
+        return in_use(admitted.request_id)
     form = admitted.sampling.structured
     if form is not None and end.message.startswith(f"{form.field}: "):
         return invalid(form.field, end.message.removeprefix(f"{form.field}: "))

@@ -316,9 +316,12 @@ class Supervisor:
     def submit(self, served: Served, frames: Sequence[Submit]) -> Submission:
         """Send one request's frames to the engine, in the name of the current tenant.
 
-        Raises Refusal on a quarantined request, a lost engine, or a tenant whose rate is used up.
+        Raises Refusal on a quarantined request, a name in use, a lost engine, or a tenant whose rate is used up.
         """
         tenant = current_tenant()
+        request_id = request_id_of(frames[0].id)
+        if request_id in self._submissions:
+            raise in_use(name_of(request_id))
         now = time.monotonic()
         tenant.check(now, len(frames))
         fingerprint = fingerprint_of(frames[0])
@@ -332,9 +335,9 @@ class Supervisor:
         except EngineGone as error:
             raise refusal_of(error) from error
         except ValueError as error:
-            raise Refusal(Reason.REQUEST_ID_IN_USE, str(error)) from error
+            raise in_use(name_of(request_id)) from error
         tenant.begin(now, len(frames[0].prompt), len(frames))
-        self._submissions[request_id_of(frames[0].id)] = submission
+        self._submissions[request_id] = submission
         for frame, progress in zip(frames, submission.requests, strict=True):
             self._tenants[frame.id] = tenant
             self._fingerprints[frame.id] = fingerprint
@@ -487,6 +490,11 @@ def request_id_of(output_id: str) -> str:
 def name_of(request_id: str) -> str:
     """What its tenant calls a request."""
     return request_id.rpartition(" ")[2]
+
+
+def in_use(name: str) -> Refusal:
+    """Its tenant has a request of that name in flight."""
+    return Refusal(Reason.REQUEST_ID_IN_USE, f"request id '{name}' is in flight already")
 
 
 def load_tokenizer(directory: str) -> Tokenizer | None:
