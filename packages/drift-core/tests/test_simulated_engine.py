@@ -15,7 +15,7 @@ from drift_core.composition import assemble
 from drift_core.engine import Engine, engine_config
 from drift_core.frames import Submit
 from drift_core.sampling_params import SamplingParams
-from drift_core.simulated import parse_subject, token_choices, token_ids
+from drift_core.simulated import SimulatedTokens, parse_subject, token_choices, token_ids
 from drift_scheduler import plugins
 from drift_scheduler.domain import Finished, Step, Tokens
 from drift_scheduler.errors import DriftError
@@ -110,6 +110,21 @@ def test_stop_tokens_end_an_output_and_logprobs_come_where_asked() -> None:
     assert tokens["stops"] == [first, second, third]
     assert ends["stops"].reason.value == "stop"
     assert len(tokens["not-yet"]) >= 3
+
+
+@pytest.mark.parametrize("count", [None, 0, 1, 5])
+def test_as_many_likeliest_tokens_are_told_of_as_were_asked_for(count: int | None) -> None:
+    drawn = SimulatedTokens(EXPECTED)
+    drawn.add("r", [9, 9], SamplingParams(logprobs=count))
+    (token,), _, details = drawn.draw(drawn.members(("r",)))
+    if count is None:
+        assert details is None
+        return
+    assert details is not None
+    top = [token_id for token_id, _ in details["r"].top]
+    assert len(top) == len(set(top)) == count
+    assert top[:1] == [token][:count]
+    assert {logprob for _, logprob in details["r"].top} <= {details["r"].logprob}
 
 
 def test_a_described_device_takes_as_long_as_it_is_estimated_to() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -129,7 +129,7 @@ class _Sequence:
     source: Iterator[int]
     stops: frozenset[int]
     earliest_stop: int  # tokens, prompt included, before which no stop token ends it
-    logprobs: bool
+    logprobs: int | None  # how many of the likeliest tokens are told of, if any are
     formed: FormedTokens | None  # the source, where the output has a form
     special: bool  # whether there is more to look at than the tokens
 
@@ -179,7 +179,7 @@ class SimulatedTokens:
         if request_id in self._sequences:
             raise DriftError(f"request id '{request_id}' is in use")
         formed = None if matcher is None else _formed(prompt, sampling, matcher)
-        stops, logprobs = frozenset(sampling.stop_token_ids or ()), sampling.logprobs is not None
+        stops, logprobs = frozenset(sampling.stop_token_ids or ()), sampling.logprobs
         self._sequences[request_id] = _Sequence(
             array("q", prompt),
             token_ids(prompt, sampling.seed, self._choices) if formed is None else formed,
@@ -187,7 +187,7 @@ class SimulatedTokens:
             len(prompt) + sampling.min_tokens,
             logprobs,
             formed,
-            bool(stops) or logprobs or formed is not None,
+            bool(stops) or logprobs is not None or formed is not None,
         )
 
     def forget(self, request_ids: Sequence[str]) -> None:
@@ -219,11 +219,17 @@ class SimulatedTokens:
         ids, special = members.ids, members.special
         stopped = tuple(ids[place] for place, sequence in special if sequence.stopped_by(tokens[place]))
         details = {
-            ids[place]: TokenLogprob(self._logprob, [(tokens[place], self._logprob)])
+            ids[place]: self._details(tokens[place], sequence.logprobs)
             for place, sequence in special
-            if sequence.logprobs
+            if sequence.logprobs is not None
         }
         return tokens, stopped, details or None
+
+    def _details(self, token: int, count: int) -> TokenLogprob:
+        """All tokens are as likely: the one drawn, and any others."""
+        others = (other for other in self._choices if other != token)
+        likeliest = islice(chain((token,), others), count)
+        return TokenLogprob(self._logprob, [(each, self._logprob) for each in likeliest])
 
     def faults(self, members: _Members) -> list[tuple[str, str]]:
         """Requests whose outputs cannot be kept in their forms any longer, and why."""
