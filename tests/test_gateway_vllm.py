@@ -20,6 +20,7 @@ from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.compat import vllm_engine
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
 from drift_gateway.compat.wire import vllm_engine_pb2_grpc
+from drift_gateway.v1 import generation_pb2 as pb
 
 
 def asked(ids: tuple[int, ...] = (1, 2, 3), stream: bool = True, **params: Any) -> vllm.GenerateRequest:
@@ -171,6 +172,25 @@ def test_abort_ends_a_request_by_its_name() -> None:
         assert complete.finish_reason == "abort"
 
     run(body, paused=True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_aborted_request_counts_what_it_told(stream: bool) -> None:
+    generation = pb.GenerateRequest(sampling=pb.Sampling(n=2))
+    answer = vllm_engine._Answer(generation, stream)
+    for event in (
+        pb.GenerateResponse(accepted=pb.Accepted(prompt_tokens=9, cached_tokens=4)),
+        pb.GenerateResponse(token_delta=pb.TokenDelta(output_index=1, token_ids=[5, 6], offsets_us=[1, 2])),
+    ):
+        answer.take(event)
+    first, second = (response.complete for response in answer.aborted())
+    assert (first.finish_reason, first.completion_tokens, first.cached_tokens) == ("abort", 0, 4)
+    assert list(second.output_ids) == ([] if stream else [5, 6])
+    assert (second.completion_tokens, second.prompt_tokens, second.cached_tokens) == (
+        0 if stream else 2,
+        9,
+        4,
+    )
 
 
 def test_a_write_under_way_when_a_request_is_aborted_is_finished_first() -> None:

@@ -282,6 +282,8 @@ class _Answer:
         for complete in self._outputs.values():
             complete.finish_reason = "abort"
             complete.prompt_tokens = self._accepted.prompt_tokens
+            complete.completion_tokens = len(complete.output_ids)
+            complete.cached_tokens = self._accepted.cached_tokens
             ends.append(vllm.GenerateResponse(complete=complete))
         return ends
 
