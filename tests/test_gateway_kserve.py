@@ -309,6 +309,34 @@ def test_leaving_the_stream_ends_its_requests(tmp_path: Path) -> None:
         ({"sampling_parameters": {"top_k": -5}}, "sampling_parameters.top_k: '-5' does not fit"),
         ({"sampling_parameters": {"temperature": [1]}}, "sampling_parameters.temperature: "),
         ({"sampling_parameters": {"best_of": 3}}, "sampling_parameters.best_of: "),
+        (
+            {"sampling_parameters": {"stop": 3}},
+            "sampling_parameters.stop: '3' does not fit: a list of texts is",
+        ),
+        (
+            {"sampling_parameters": {"stop": [3]}},
+            "sampling_parameters.stop: '[3]' does not fit: a list of texts",
+        ),
+        (
+            {"sampling_parameters": {"stop_token_ids": "12"}},
+            "sampling_parameters.stop_token_ids: '12' does not fit",
+        ),
+        (
+            {"sampling_parameters": {"logit_bias": 3}},
+            "sampling_parameters.logit_bias: '3' does not fit: an object",
+        ),
+        (
+            {"sampling_parameters": {"structured_outputs": 3}},
+            "sampling_parameters.structured_outputs: '3' does not",
+        ),
+        (
+            {"sampling_parameters": {"structured_outputs": {"choice": "yes"}}},
+            "sampling_parameters.structured_outputs: \"{'choice': 'yes'}\" does not fit: a list of texts is wanted",
+        ),
+        (
+            {"sampling_parameters": {"structured_outputs": {"regex": 3}}},
+            "sampling_parameters.structured_outputs: \"{'regex': 3}\" does not fit: a text is wanted",
+        ),
         ({"sampling_parameters": {"n": 100000000}}, "sampling.n: "),
         ({"stream": True}, "stream: ModelInfer has one response"),
         ({"image": "png"}, "inputs: there is no input 'image'"),

@@ -77,20 +77,24 @@ def _set_stopping(request: pb.GenerateRequest, name: str, value: Any) -> None:
 
 
 def _set_stop(request: pb.GenerateRequest, name: str, value: Any) -> None:
-    request.stopping.stop.extend([value] if isinstance(value, str) else value)
+    request.stopping.stop.extend([value] if isinstance(value, str) else _texts(value))
 
 
 def _set_stop_token_ids(request: pb.GenerateRequest, name: str, value: Any) -> None:
-    request.stopping.stop_token_ids.extend(_as(int, token_id) for token_id in value)
+    request.stopping.stop_token_ids.extend(_as(int, token_id) for token_id in _list(value))
 
 
 def _set_logit_bias(request: pb.GenerateRequest, name: str, value: Any) -> None:
-    for token_id, bias in dict(value).items():
+    if not isinstance(value, Mapping):
+        raise TypeError("an object of token ids and numbers is wanted")
+    for token_id, bias in value.items():
         request.sampling.logit_bias[_as(int, token_id)] = _as(float, bias)
 
 
 def _set_structured(request: pb.GenerateRequest, name: str, value: Any) -> None:
-    forms = json.loads(value) if isinstance(value, str) else dict(value)
+    forms = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(forms, Mapping):
+        raise TypeError("an object with one form is wanted")
     for form, content in forms.items():
         if content is None:
             continue
@@ -119,9 +123,28 @@ def set_form(structured: pb.StructuredOutput, form: str, content: Any) -> None:
         case "json_object":
             structured.json_schema = '{"type": "object"}' if content else "{}"
         case "regex":
-            structured.regex = content
+            structured.regex = _text(content)
         case _:
-            structured.choice.choices.extend(content)
+            structured.choice.choices.extend(_texts(content))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is wanted")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    """A text is none, though its characters could be gone through."""
+    if not isinstance(value, list):
+        raise TypeError("a list is wanted")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError("a list of texts is wanted")
+    return value
 
 
 def _as(kind: type, value: Any) -> Any:
