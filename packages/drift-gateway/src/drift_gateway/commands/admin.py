@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from drift_gateway.commands.entry import entry
+from drift_gateway.commands.number import Number
 from drift_gateway.connection import Connection, connection_options
 from drift_scheduler.errors import DriftError
 
@@ -79,9 +80,7 @@ def _explained(error: RequestError, target: str) -> DriftError:
 
 
 @_command(admin, "drain")
-@click.option(
-    "--timeout", type=click.FloatRange(0, 3600), default=30.0, show_default=True, help="Seconds to wait."
-)
+@click.option("--timeout", type=Number(0, 3600), default=30.0, show_default=True, help="Seconds to wait.")
 def drain(pb: Any, timeout: float) -> Any:
     """Refuse new requests, and wait for those in flight."""
     request = pb.DrainRequest(timeout_ms=int(timeout * 1e3))

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from drift_gateway.commands.entry import entry
+from drift_gateway.commands.number import Number
 from drift_gateway.connection import Connection, connection_options
 from drift_scheduler.cli import emit, writable
 
@@ -42,9 +43,7 @@ INTERRUPTED = 130
     help="What the server is to do with a request whose targets it cannot meet.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Of workload, prompts and sampling.")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True, help="0 is greedy."
-)
+@click.option("--temperature", type=Number(0, 100), default=0.0, show_default=True, help="0 is greedy.")
 @click.option(
     "--connections", type=click.IntRange(1, 64), default=4, show_default=True, help="To spread streams over."
 )
@@ -85,7 +84,7 @@ def load(connection: Connection, json_path: str | None, **settings: Any) -> int:
 @click.option("--json", "lines", is_flag=True, help="Print readings as lines of JSON (schema drift.stats/1).")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.05, 60),
+    type=Number(0.05, 60),
     default=0.5,
     show_default=True,
     help="Seconds between them.",
@@ -108,7 +107,7 @@ def top(connection: Connection, once: bool, lines: bool, interval: float) -> int
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Most tokens of an answer."
 )
-@click.option("--temperature", type=click.FloatRange(0, 100), help="0 always takes the likeliest token.")
+@click.option("--temperature", type=Number(0, 100), help="0 always takes the likeliest token.")
 @click.option("--seed", type=int, help="Makes answers reproducible.")
 @entry
 def chat(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from drift_gateway.commands.entry import Refused, entry
+from drift_gateway.commands.number import Number
 from drift_gateway.commands.serve_operations import operations_options
 from drift_gateway.commands.serve_security import security_options
 from drift_scheduler.errors import DriftError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     _ChoiceType = click.ParamType[tuple[str, dict[str, Any]]]
 else:
     _SizeType = _ChoiceType = click.ParamType
+
+LONGEST_TARGET_S: Final = 86400
 
 SIZE_UNITS: Final = {
     "": 1,
@@ -85,10 +88,14 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
         raise Refused(f"{path} is not TOML: {error}") from error
     known = {(option.name or ""): option for option in ctx.command.params if option.name != "config"}
     defaults = {key.replace("-", "_"): value for key, value in values.items()}
-    for key in defaults:
+    for key, value in defaults.items():
         if key not in known:
             names = ", ".join(sorted(name.replace("_", "-") for name in known))
             raise Refused(f"{path}: no option '{key.replace('_', '-')}'; there are: {names}")
+        if isinstance(value, list):
+            raise Refused(
+                f"{path}: {key.replace('_', '-')} is a list; write it as the flag has it, in one text"
+            )
     ctx.default_map = defaults
 
 
@@ -146,10 +153,18 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     help="Partition policy, likewise.",
 )
 @click.option(
-    "--slo-ttft", type=float, default=2.0, show_default=True, help="Default target: first token, seconds."
+    "--slo-ttft",
+    type=Number(0, LONGEST_TARGET_S, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Default target: first token, seconds.",
 )
 @click.option(
-    "--slo-tbt", type=float, default=0.1, show_default=True, help="Default target: between tokens, seconds."
+    "--slo-tbt",
+    type=Number(0, LONGEST_TARGET_S, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Default target: between tokens, seconds.",
 )
 @click.option(
     "--kv-memory", type=ByteSize(), help="Memory of the KV pool, as 512MB.  [default: what is free]"
@@ -166,7 +181,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     help="Outputs of one SLO class that may wait for their first token.  [default: half of --max-in-flight]",
 )  # fmt: skip
 @click.option(
-    "--kv-promise", type=click.FloatRange(0.1, 10_000), default=16.0, show_default=True,
+    "--kv-promise", type=Number(0.1, 10_000), default=16.0, show_default=True,
     help="Pages promised to requests in flight, the waiting ones included, in KV pools; more are refused.",
 )  # fmt: skip
 @click.option(
@@ -186,9 +201,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of requests that bring none.")
 @click.option("--log", "log", metavar="PATH", help="Write one JSON line per scheduler step.")
-@click.option(
-    "--grace", type=click.FloatRange(0, 3600), default=10.0, show_default=True, help="Seconds to finish in."
-)
+@click.option("--grace", type=Number(0, 3600), default=10.0, show_default=True, help="Seconds to finish in.")
 @click.option(
     "--config", metavar="PATH", callback=_read_config, is_eager=True, expose_value=False,
     help="TOML file with any of these options; flags win.",

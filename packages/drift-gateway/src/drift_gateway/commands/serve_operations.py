@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from drift_gateway.commands.entry import Refused
+from drift_gateway.commands.number import Number
 from drift_scheduler.errors import DriftError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,11 +42,11 @@ def operations_options(command: F) -> F:
             "--access-log", metavar="PATH|-", help="Append one JSON line per request.  [default: off]"
         ),
         click.option(
-            "--lame-duck", type=click.FloatRange(0, 600), default=0.0, show_default=True,
+            "--lame-duck", type=Number(0, 600), default=0.0, show_default=True,
             help="Seconds to serve on while health says NOT_SERVING, before new requests are refused.",
         ),
         click.option(
-            "--hang-timeout", type=click.FloatRange(1, 3600), default=10.0, show_default=True,
+            "--hang-timeout", type=Number(1, 3600), default=10.0, show_default=True,
             help="Seconds without a sign of life after which the engine is started again.",
         ),
         click.option(
