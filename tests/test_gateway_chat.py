@@ -125,6 +125,22 @@ def test_nobody_there_is_one_line_that_says_what_to_do() -> None:
     assert b"drift serve --listen 127.0.0.1:1" in done.stderr
 
 
+def test_a_server_that_does_not_serve_is_waited_for_and_that_is_said(tmp_path: Path) -> None:
+    async def body(under: UnderTest) -> None:
+        under.supervisor.drain(True)
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, under.target, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stderr is not None
+        line = await asyncio.wait_for(process.stderr.readline(), PATIENCE_S)
+        assert line.decode() == f"{under.target}: draining; waiting for it\n"
+        under.supervisor.drain(False)
+        out, _ = await asyncio.wait_for(process.communicate(b"one\n"), PATIENCE_S)
+        assert out == b"<]>\n"
+
+    run_with_gateway(body, ready=ready_in(tmp_path), script=answer)
+
+
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid is not installed")
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     async def body(under: UnderTest) -> None:

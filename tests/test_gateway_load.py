@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import subprocess
@@ -350,6 +351,22 @@ def test_nobody_there_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
 
     with pytest.raises(DriftError, match=r"^127\.0\.0\.1:1: .*drift serve --listen 127\.0\.0\.1:1"):
         asyncio.run(body())
+
+
+def test_a_server_that_does_not_serve_is_waited_for_and_that_is_said(tmp_path: Path) -> None:
+    async def body(under: UnderTest) -> None:
+        under.supervisor.drain(True)
+        said = io.StringIO()
+        options = LoadOptions(Connection(under.target), burst(tmp_path, 1))
+        running = asyncio.create_task(measure(options, load_plugins(), Console(file=said)))
+        async with asyncio.timeout(PATIENCE_S):
+            while f"{under.target}: draining; waiting for it\n" not in said.getvalue():
+                await asyncio.sleep(0.01)
+        under.supervisor.drain(False)
+        report = await asyncio.wait_for(running, PATIENCE_S)
+        assert report["requests"]["finished"] == 1
+
+    run_with_gateway(body)
 
 
 def test_bad_numbers_are_refused() -> None:

@@ -76,6 +76,7 @@ __all__ = [
     "error_of",
     "event_of",
     "unanswered",
+    "waiting",
 ]
 
 CHANNEL_OPTIONS: Final = (
@@ -494,6 +495,11 @@ def unanswered(target: str, why: str) -> str:
     elif "failed to connect" in why.lower():
         why = f"nobody answers ({why.rpartition(': ')[2].lower()}); start a server with `drift serve --listen {target}`"
     return f"{target}: {why}"
+
+
+def waiting(target: str, info: info_pb2.GetServerInfoResponse) -> str:
+    """A line for people on a server that does not serve yet, or no more, and is waited for."""
+    return f"{target}: {_state(info)}; waiting for it"
 
 
 class Generation:

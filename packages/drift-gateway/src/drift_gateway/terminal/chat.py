@@ -25,6 +25,7 @@ from drift_gateway.client import (
     RequestError,
     TokenDelta,
     unanswered,
+    waiting,
 )
 from drift_gateway.connection import Connection
 from drift_gateway.v1 import info_pb2
@@ -58,7 +59,7 @@ class ChatOptions:
 def run(options: ChatOptions, answers: Console, notes: Console) -> int:
     """Talk until the end of input; 1 where a turn failed and nobody was there to see it. Raises DriftError."""
     with DriftClient(options.connection) as client:
-        info = _served(client, options.connection.target)
+        info = _served(client, options.connection.target, notes)
         chat = Conversation(client, info, options, answers, notes)
         chat.greet()
         interactive = sys.stdin.isatty()
@@ -80,10 +81,11 @@ def run(options: ChatOptions, answers: Console, notes: Console) -> int:
     return 1 if failed and not interactive else 0
 
 
-def _served(client: DriftClient, target: str) -> info_pb2.GetServerInfoResponse:
+def _served(client: DriftClient, target: str, notes: Console) -> info_pb2.GetServerInfoResponse:
     try:
         info = client.server_info(5.0)
         if info.readiness != info_pb2.READINESS_READY:
+            notes.print(waiting(target, info), style="dim", highlight=False, markup=False, soft_wrap=True)
             info = client.wait_ready(START_S)
     except RequestError as error:
         raise DriftError(unanswered(target, str(error))) from error

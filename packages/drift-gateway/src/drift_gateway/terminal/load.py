@@ -21,7 +21,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drift_gateway import __version__
-from drift_gateway.client import CHANNEL_OPTIONS, AsyncDriftClient, RequestError, error_of, unanswered
+from drift_gateway.client import (
+    CHANNEL_OPTIONS,
+    AsyncDriftClient,
+    RequestError,
+    error_of,
+    unanswered,
+    waiting,
+)
 from drift_gateway.connection import Connection
 from drift_gateway.event_loop import new_event_loop
 from drift_gateway.terminal.load_account import Account, DeviceTime, Outcome
@@ -130,7 +137,7 @@ def run(options: LoadOptions, registry: Registry, console: Console) -> Report:
 async def measure(options: LoadOptions, registry: Registry, console: Console) -> Report:
     """As `run`, on the running loop of the main thread."""
     async with AsyncDriftClient(options.connection) as client:
-        info = await _served(client, options.connection.target)
+        info = await _served(client, options.connection.target, console)
         slo = _targets(options, info)
         account = Account(info.device.units)
         async with _watching(client) as device:
@@ -143,12 +150,13 @@ async def measure(options: LoadOptions, registry: Registry, console: Console) ->
         return account.report(config, device)
 
 
-async def _served(client: AsyncDriftClient, target: str) -> info_pb2.GetServerInfoResponse:
+async def _served(client: AsyncDriftClient, target: str, console: Console) -> info_pb2.GetServerInfoResponse:
     """What is served there; waits for a server that is starting, not for one that is not there."""
     try:
         info = await client.server_info(5.0)
         if info.readiness == info_pb2.READINESS_READY:
             return info
+        console.print(waiting(target, info), highlight=False, markup=False, soft_wrap=True)
         return await client.wait_ready(START_S)
     except RequestError as error:
         raise DriftError(unanswered(target, str(error))) from error
