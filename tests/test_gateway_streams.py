@@ -11,8 +11,10 @@ from typing import Any
 import grpc
 import msgspec
 import pytest
+import tokenizers
 from fake_engine import READY, FakeEngine
 from gateway_under_test import END_OF_TEXT, UnderTest, narrow_client, ready_in, run_with_gateway
+from tokenizers import decoders, models
 
 from drift_core import submission
 from drift_core.frames import Cancel, Submit
@@ -152,6 +154,22 @@ def test_no_delta_ever_holds_half_a_character(tmp_path: Path) -> None:
         assert [token for delta in deltas(events) for token in delta.token_ids] == bytes_of(spoken)
 
     run_with_gateway(body, ready=ready_in(tmp_path), script=say(spoken), step_seconds=0.003)
+
+
+def test_the_first_word_keeps_its_space_where_texts_begin_without_one(tmp_path: Path) -> None:
+    """A vocabulary in the manner of Llama 2, whose decoder leaves out a space at the beginning."""
+    ready = ready_in(tmp_path)
+    backend = tokenizers.Tokenizer(models.BPE({"▁lists": 0, "▁are": 1}, []))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+
+    async def body(under: UnderTest) -> None:
+        completion = await under.client.generate(token_ids=[0], max_tokens=40).complete()
+        assert completion.text == " are lists"
+
+    run_with_gateway(body, ready=ready, script=lambda submit: [1, 0])
 
 
 def test_a_conversation_goes_through_the_models_template(tmp_path: Path) -> None:

@@ -123,6 +123,24 @@ def test_an_invalid_byte_is_shown_once_it_is_certain_and_an_unfinished_character
     assert detokenizer.finish() == ""
 
 
+@settings(max_examples=300, deadline=None)
+@given(prompt=UNICODE, text=UNICODE, tokenizer=st.sampled_from([BYTES, FALLBACK]), sizes=CHUNKS)
+def test_what_follows_a_prompt_reads_as_it_does_behind_it(prompt, text, tokenizer, sizes):
+    before, ids = tokenizer.encode(f"a{prompt}"), tokenizer.encode(text)
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt=before)
+    shown = "".join(detokenizer.push(piece) for piece in pieces(ids, sizes)) + detokenizer.finish()
+    assert tokenizer.decode(before) + shown == tokenizer.decode([*before, *ids])
+
+
+def test_a_first_word_keeps_the_space_before_it():
+    word, again = FALLBACK._backend.token_to_id("▁do"), FALLBACK._backend.token_to_id("▁a")
+    for before, shown in (
+        ([word], " do a"), ([1], "do a"), ([], "do a"), ([1, word, 2], " do a"), ([word, 3 + 0xF0], "do a")
+    ):  # fmt: skip
+        detokenizer = IncrementalDetokenizer(FALLBACK, prompt=before)
+        assert detokenizer.push([word, again]) == shown, before
+
+
 def test_special_tokens_are_left_out_unless_wanted():
     ids = [0, *BYTES.encode("dog"), 1]
     for skip, text in ((True, "dog"), (False, "<s>dog</s>")):

@@ -18,6 +18,9 @@ from typing import Final, Protocol
 MAX_PENDING_TOKENS: Final = 64
 """Tokens that may wait for the rest of a character before they are decoded as they are."""
 
+TOKENS_BEFORE: Final = 8
+"""Of the prompt, looked at to tell how the output goes on."""
+
 _REPLACEMENT: Final = "\ufffd"
 
 
@@ -43,6 +46,8 @@ class IncrementalDetokenizer:
 
     `stop`: strings that end the text; where two end at the same character the longer one is taken. The text ends
     before the stop string, or behind it with `include_stop`. `skip_special_tokens`: leave them out of the text.
+    `prompt`: what the output goes on from. Its text is not shown, but a first token may read otherwise after another
+    one: some vocabularies leave out the space that a text begins with.
     """
 
     def __init__(
@@ -51,9 +56,13 @@ class IncrementalDetokenizer:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        prompt: Sequence[int] = (),
     ) -> None:
-        decoder = _ByteDecoder if tokenizer.byte_level else _WindowDecoder
-        self._decoder: _ByteDecoder | _WindowDecoder = decoder(tokenizer, skip_special_tokens)
+        self._decoder = (
+            _ByteDecoder(tokenizer, skip_special_tokens)
+            if tokenizer.byte_level
+            else _WindowDecoder(tokenizer, skip_special_tokens, prompt[-TOKENS_BEFORE:])
+        )
         self._stops = _StopSearch(stop, include_stop) if stop else None
         if not stop:  # one call less for each message of a stream
             self.push = self._decoder.push  # type: ignore[method-assign]
@@ -120,12 +129,16 @@ class _ByteDecoder:
 class _WindowDecoder:
     """Decodes from a token that has been shown already, and shows what was added to its text."""
 
-    def __init__(self, tokenizer: TokenText, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: TokenText, skip_special_tokens: bool, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window: list[int] = []
-        self._shown = 0  # leading tokens of the window whose text is out
-        self._shown_text = ""
+        self._window = list(before)
+        self._shown = len(self._window)  # leading tokens of the window whose text is out
+        self._shown_text = tokenizer.decode(self._window, skip_special_tokens)
+        if self._shown_text.endswith(
+            _REPLACEMENT
+        ):  # amid a character, of which it is not known what was shown
+            self._window, self._shown, self._shown_text = [], 0, ""
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._step(token) for token in token_ids])

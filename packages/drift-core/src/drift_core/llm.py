@@ -226,7 +226,9 @@ class _Work:
             child = request_id if params.n == 1 else f"{request_id}#{index}"
             completion = CompletionOutput(index)
             output.outputs.append(completion)
-            self._pending[child] = _Pending(completion, params, self._stop_ids(params), self._tokenizer)
+            self._pending[child] = _Pending(
+                completion, params, self._stop_ids(params), self._tokenizer, prompt
+            )
             self._submissions.append((child, prompt, params.child(index)))
         self.outputs.append(output)
 
@@ -299,6 +301,7 @@ class _Pending:
         params: SamplingParams,
         stop_ids: frozenset[int],
         tokenizer: Tokenizer,
+        prompt: list[int],
     ) -> None:
         self.output = output
         self._params = params
@@ -309,6 +312,7 @@ class _Pending:
             params.stop_strings,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            prompt=prompt,
         )
         if params.logprobs is not None:
             output.logprobs, output.cumulative_logprob = [], 0.0

@@ -204,7 +204,10 @@ def _output(
     detokenizer = None
     if served.tokenizer is not None:
         detokenizer = IncrementalDetokenizer(
-            served.tokenizer, sampling.stop_strings, sampling.include_stop_str_in_output
+            served.tokenizer,
+            sampling.stop_strings,
+            sampling.include_stop_str_in_output,
+            prompt=admitted.prompt,
         )
     progress = submission.requests[index]
     return Output(
