@@ -210,6 +210,40 @@ def test_what_a_tenant_uses_here_is_paid_for_there(tmp_path: Path) -> None:
     theirs.check(5.0)
 
 
+def test_a_tenant_that_is_taken_out_of_the_file_and_put_back_is_counted_on(tmp_path: Path) -> None:
+    file = tmp_path / "tenants.toml"
+    acme, nobody = "[tenants.acme]\nmax-in-flight = 3\n", ""
+    file.write_text(acme)
+    file.chmod(0o600)
+    securities = [Security(SecurityOptions(tenants=file)) for _ in range(2)]
+    here, there = (Sharing(supervisor(), security) for security in securities)
+
+    def changed_to(text: str, *told: Security) -> None:
+        file.write_text(text)
+        for security in told:
+            security.reload()
+
+    def pass_on() -> None:
+        if (news := here.take()) is not None:
+            there.learn(news, 0.0)
+
+    mine, theirs = (tenant for security in securities for tenant in security.known_tenants())
+    mine.begin(0.0, prompt_tokens=4, outputs=2)
+    pass_on()
+    changed_to(nobody, *securities)
+    assert not any(security.known_tenants() for security in securities)
+    mine.end(0.1, output_tokens=5)  # its requests go on; only new ones are refused
+    changed_to(acme, securities[0])
+    pass_on()  # to one that has not seen the file yet
+    changed_to(acme, securities[1])
+    for security, tenant in zip(securities, (mine, theirs), strict=True):
+        assert security.known_tenants() == (tenant,)
+        assert tenant.total == Usage(requests=1, prompt_tokens=4, output_tokens=5, in_flight=1)
+    mine.end(0.2, output_tokens=5)
+    pass_on()
+    assert mine.total == theirs.total == Usage(requests=1, prompt_tokens=4, output_tokens=10)
+
+
 def test_a_tenant_alone_is_as_before() -> None:
     tenant = Tenant("a", limits=Limits(max_in_flight=1))
     tenant.begin(0.0, 5)

@@ -61,6 +61,12 @@ def test_a_tenant_has_what_the_file_says(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("tenants = ", "is not TOML"),
+        (f"tenants = {'[' * 5000}{']' * 5000}", "is not TOML"),
+        (f"[tenants.acme]\nmax-in-flight = {'9' * 5000}", "is not TOML"),
+        (
+            f"[tenants.acme]\nmax-in-flight = {'9' * 400}",
+            "max-in-flight: a number of 400 digits is too large",
+        ),
         ("[tenant.acme]", "no key 'tenant'; there are: tenants"),
         ("tenants = 3", "tenants is not a table"),
         ("[tenants]\nacme = 3", "tenants.acme is not a table"),

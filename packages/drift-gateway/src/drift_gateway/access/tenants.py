@@ -29,7 +29,7 @@ from datetime import UTC, date, datetime
 from datetime import time as time_of_day
 from enum import Enum
 from hashlib import blake2b, sha256
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -281,9 +281,11 @@ class Tenants:
         self._checked = 0.0
         self._seen: tuple[int, int, int] | None = None
         self._register = _Register()
+        self._ever: dict[str, Tenant] = {}
+        """All that the file ever had: what one asked for goes on when it is taken out, and counts when it is back."""
         if path is not None:
             self._seen = _stamp(path)
-            self._register = _parse(path, {})
+            self._take_up(_parse(path, {}))
 
     @property
     def all(self) -> Mapping[str, Tenant]:
@@ -291,11 +293,11 @@ class Tenants:
         return self._register.tenants
 
     def named(self, name: str) -> Tenant | None:
-        """The tenant of this name; one that only a certificate makes is made here too."""
-        known = self._register.tenants.get(name)
-        if known is None and self._path is None:
-            known = self._register.tenants.setdefault(name, Tenant(name))
-        return known
+        """The tenant of this name, also one that the file has no longer; one that only a certificate makes is made here
+        too."""
+        if self._path is not None:
+            return self._ever.get(name)
+        return self._register.tenants.setdefault(name, Tenant(name))
 
     def by_token(self, token: str, now: float, wall: float) -> Tenant | None:
         """Whose token it is; `None` for an unknown or expired one. `wall`: seconds since 1970."""
@@ -331,11 +333,15 @@ class Tenants:
             if stamp == self._seen:
                 return
             self._seen = stamp
-            self._register = _parse(self._path, self._register.tenants)
+            self._take_up(_parse(self._path, self._ever))
         except DriftError as error:
             log.error("the changed tenants are not taken up: %s", error)
             return
         log.info("took up the changed tenants in %s", self._path)
+
+    def _take_up(self, register: _Register) -> None:
+        self._register = register
+        self._ever |= register.tenants
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -361,7 +367,7 @@ def _parse(path: Path, known: Mapping[str, Tenant]) -> _Register:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DriftError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # such as TOMLDecodeError, but not only
         raise DriftError(f"{path} is not TOML: {error}") from error
     _check_keys(f"{path}", document, ("tenants",))
     entries = _table(f"{path}: tenants", document.get("tenants", {}))
@@ -449,9 +455,12 @@ def _number(place: str, table: Mapping[str, Any], key: str) -> float | None:
         return None
     whole = key == "max-in-flight"
     good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not good or not isfinite(value) or value <= 0:
+    if not good or not 0 < value < inf:
         raise DriftError(f"{place}.{key}: {value!r} is not a {'whole ' if whole else ''}number above 0")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DriftError(f"{place}.{key}: a number of {len(str(value))} digits is too large") from None
 
 
 def token_entry(tenant: str, token: str, expires: datetime | None = None) -> str:
