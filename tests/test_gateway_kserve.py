@@ -11,8 +11,9 @@ from typing import Any
 
 import grpc
 import pytest
-from gateway_under_test import END_OF_TEXT, UnderTest, ready_in, run_with_gateway
+from gateway_under_test import END_OF_TEXT, NARROW, UnderTest, ready_in, run_with_gateway
 
+from drift_core import submission
 from drift_core.frames import Submit
 from drift_gateway.compat.wire import kserve_pb2 as kserve
 from drift_gateway.compat.wire import kserve_pb2_grpc
@@ -282,6 +283,29 @@ def test_requests_of_one_stream_run_side_by_side_and_fail_alone(tmp_path: Path) 
         assert under.engine.submits()[0].id != under.engine.submits()[1].id
 
     run(body, ready=ready_in(tmp_path), script=say("same for all"), end_reason="stop")
+
+
+def test_requests_of_a_stream_that_is_not_read_are_given_up_and_still_say_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 100)
+    monkeypatch.setattr(submission, "GIVEN_UP_S", 0.05)
+
+    async def body(under: UnderTest, triton: Triton) -> None:
+        async with grpc.aio.insecure_channel(under.target, options=NARROW) as channel:
+            call = kserve_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer()  # type: ignore[no-untyped-call]
+            for _ in range(2):
+                await call.write(asked(stream=True, sampling_parameters={"max_tokens": 64_000}))
+            await under.until(lambda engine: len(engine.cancels()) == 2)
+            async with asyncio.timeout(30):
+                while under.supervisor.request_ids():
+                    await asyncio.sleep(0.01)
+            await call.done_writing()
+            async with asyncio.timeout(30):
+                errors = [response.error_message async for response in call if response.error_message]
+            assert errors == ["the client reads too slowly; its tokens were piling up"] * 2
+
+    run(body, ready=ready_in(tmp_path, max_context=65_536), step_seconds=0.0)
 
 
 def test_leaving_the_stream_ends_its_requests(tmp_path: Path) -> None:

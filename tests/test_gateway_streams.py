@@ -442,24 +442,21 @@ def test_a_message_that_does_not_get_through_for_too_long_ends_the_requests(
 def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(
     monkeypatch: pytest.MonkeyPatch, outputs: int
 ) -> None:
-    given_up: list[asyncio.Task[Any]] = []
-    give_up = submission.Submission._give_up
-
-    def noted(self: submission.Submission, reader: asyncio.Task[Any]) -> None:
-        give_up(self, reader)
-        given_up.append(reader)
-
-    monkeypatch.setattr(submission.Submission, "_give_up", noted)
+    """Nothing is kept for it then, and should it read on after all, it still hears why."""
     monkeypatch.setattr(submission, "MAX_LAG_TOKENS", 100)
     monkeypatch.setattr(submission, "GIVEN_UP_S", 0.05)
 
     async def body(under: UnderTest) -> None:
         async with narrow_client(under.target) as client:
             stalled = client.generate(token_ids=[1], max_tokens=64_000, **asked_for(outputs))
+            await under.until(lambda engine: len(engine.cancels()) == outputs)
             async with asyncio.timeout(30):
-                while not given_up or not given_up[0].done():
+                while under.supervisor.request_ids():
                     await asyncio.sleep(0.01)
-            stalled.cancel()
+            async with asyncio.timeout(30):
+                with pytest.raises(api.Overloaded, match="too slowly") as ended:
+                    await stalled.complete()
+            assert ended.value.reason == "SLOW_READER"
 
     run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=65536), step_seconds=0.0)
 

@@ -17,7 +17,7 @@ from drift_core.frames import Submit
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.access.security import Security, SecurityOptions
 from drift_gateway.access.tenants import new_token, token_entry
-from drift_gateway.compat import vllm_engine
+from drift_gateway.compat.messages import Messages
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
 from drift_gateway.compat.wire import vllm_engine_pb2_grpc
 from drift_gateway.v1 import generation_pb2 as pb
@@ -204,7 +204,7 @@ def test_a_write_under_way_when_a_request_is_aborted_is_finished_first() -> None
             begun.append(response)
             await gone_out.wait()
 
-        messages = vllm_engine._Messages(write)
+        messages = Messages(write)
         first, second = vllm.GenerateResponse(), vllm.GenerateResponse()
         answering = asyncio.ensure_future(messages.write(first))
         await asyncio.sleep(0)

@@ -55,6 +55,9 @@ DEMOTION_S: Final = 1.0
 GIVEN_UP_S: Final = 30.0
 """How long a reader whose requests were cancelled may still take to hear of it."""
 
+TOO_SLOW: Final = "the client reads too slowly; its tokens were piling up"
+"""What the task of a reader that takes longer is cancelled with, so that it can tell this from its client's leaving."""
+
 
 def _nothing(_: Any) -> None:
     """Nobody listens any more."""
@@ -283,7 +286,7 @@ class Submission:
     def _give_up(self, reader: asyncio.Task[Any]) -> None:
         """The reader did not even come to hear why it was ended."""
         if not self._left and (self._waiter is None or self._passing_on):
-            reader.cancel()
+            reader.cancel(TOO_SLOW)
 
 
 class Turns:

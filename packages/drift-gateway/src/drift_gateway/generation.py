@@ -16,6 +16,7 @@ import grpc
 
 from drift_core.frames import FinishedItem
 from drift_core.link import Submission
+from drift_core.submission import TOO_SLOW
 from drift_core.tokenizer import IncrementalDetokenizer
 from drift_gateway import prompts
 from drift_gateway.admission import Admitted, check, tokenized
@@ -177,7 +178,7 @@ async def _events(
     while running:
         await submission.changed()
         if submission.lagging:
-            raise Refusal(Reason.SLOW_READER, "the client reads too slowly; its tokens were piling up")
+            raise Refusal(Reason.SLOW_READER, TOO_SLOW)
         if not announced:
             yield _accepted(served, admitted, submission)
             announced = True

@@ -23,6 +23,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from drift_core.link import EngineGone
+from drift_core.submission import TOO_SLOW
 from drift_scheduler.errors import DriftError
 
 log = logging.getLogger("drift.gateway")
@@ -200,6 +201,11 @@ def refusal_of(error: Exception) -> Refusal:
             )
 
 
+def given_up(error: asyncio.CancelledError) -> Refusal | None:
+    """What a call ends with whose reader was given up, though its client is there; `None` where the client left."""
+    return Refusal(Reason.SLOW_READER, TOO_SLOW) if error.args == (TOO_SLOW,) else None
+
+
 def incident_of(error: BaseException) -> str:
     """The id under which the log has an error that nobody foresaw: the same whoever asks; "" for one that is said as
     it is."""
@@ -216,6 +222,11 @@ async def refusals_as_statuses(context: Any) -> AsyncIterator[None]:
         yield
     except grpc.aio.AbortError:
         raise
+    except asyncio.CancelledError as error:
+        refusal = given_up(error)
+        if refusal is None:
+            raise
+        await abort(context, refusal)
     except grpc.aio.InternalError as left:  # a message could not be sent: nobody is there to hear of it
         raise asyncio.CancelledError from left
     except Exception as error:
@@ -224,7 +235,10 @@ async def refusals_as_statuses(context: Any) -> AsyncIterator[None]:
 
 async def abort(context: Any, refusal: Refusal) -> None:
     """End a call (a grpc.aio.ServicerContext) with a refusal's status. Always raises."""
-    await context.abort(refusal.code, str(refusal), trailing_metadata=refusal.trailers())
+    try:
+        await context.abort(refusal.code, str(refusal), trailing_metadata=refusal.trailers())
+    except grpc.aio.InternalError as left:  # the client did, perhaps long after
+        raise asyncio.CancelledError from left
 
 
 def invalid(field: str, problem: str) -> Refusal:

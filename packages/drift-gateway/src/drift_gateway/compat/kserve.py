@@ -15,10 +15,11 @@ from typing import Any, Final
 from drift_gateway import __version__
 from drift_gateway.calls import call_of
 from drift_gateway.compat.kserve_tensors import INPUTS, OUTPUTS, Answer, Asked, read
+from drift_gateway.compat.messages import Messages
 from drift_gateway.compat.wire import kserve_pb2 as kserve
 from drift_gateway.compat.wire import kserve_pb2_grpc
 from drift_gateway.generation import Generations
-from drift_gateway.refusal import Reason, Refusal, invalid, refusal_of, refusals_as_statuses
+from drift_gateway.refusal import Reason, Refusal, given_up, invalid, refusal_of, refusals_as_statuses
 from drift_gateway.supervisor import Served, State, Supervisor
 
 VERSION: Final = "1"
@@ -113,22 +114,27 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
         self, requests: AsyncIterator[kserve.ModelInferRequest], context: Any
     ) -> None:
         """Requests as they come, answered side by side; leaving the stream ends them all."""
-        writing = asyncio.Lock()
+        messages: Messages[kserve.ModelStreamInferResponse] = Messages(context.write)
         room = asyncio.Semaphore(MAX_AT_ONCE)
         async with asyncio.TaskGroup() as tasks:
             async for request in requests:
                 await room.acquire()
-                task = tasks.create_task(self._answer_one(request, context, writing))
+                task = tasks.create_task(self._answer_one(request, context, messages))
                 task.add_done_callback(lambda _: room.release())
 
     async def _answer_one(
-        self, request: kserve.ModelInferRequest, context: Any, writing: asyncio.Lock
+        self,
+        request: kserve.ModelInferRequest,
+        context: Any,
+        messages: Messages[kserve.ModelStreamInferResponse],
     ) -> None:
         call = call_of(context)
 
-        async def write(response: kserve.ModelStreamInferResponse) -> None:
-            async with writing:
-                await context.write(response)
+        async def fail(refusal: Refusal) -> None:
+            failed = kserve.ModelStreamInferResponse(error_message=str(refusal))
+            failed.infer_response.id = request.id
+            failed.infer_response.parameters["triton_final_response"].bool_param = True
+            await messages.write(failed)
 
         try:
             served = self._known(request.model_name, request.model_version)
@@ -139,12 +145,14 @@ class InferenceService(kserve_pb2_grpc.GRPCInferenceServiceServicer):
                     due = answer.take(event)
                     if due and (asked.stream or answer.ended):
                         response = answer.response(request, served.ready.model)
-                        await write(kserve.ModelStreamInferResponse(infer_response=response))
+                        await messages.write(kserve.ModelStreamInferResponse(infer_response=response))
+        except asyncio.CancelledError as error:
+            refusal = given_up(error)
+            if refusal is None:
+                raise
+            await fail(refusal)
         except Exception as error:  # a request's failure is its own; refusal_of logs what nobody foresaw
-            failed = kserve.ModelStreamInferResponse(error_message=str(refusal_of(error)))
-            failed.infer_response.id = request.id
-            failed.infer_response.parameters["triton_final_response"].bool_param = True
-            await write(failed)
+            await fail(refusal_of(error))
 
     def _known(self, name: str, version: str) -> Served:
         """What is served, if it is that. Raises Refusal."""

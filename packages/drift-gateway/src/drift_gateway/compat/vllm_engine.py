@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -19,6 +18,7 @@ from drift_gateway import __version__
 from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call, call_of
 from drift_gateway.compat.endings import finish_reason
+from drift_gateway.compat.messages import Messages
 from drift_gateway.compat.sampling_json import set_form
 from drift_gateway.compat.tokenizer_files import PIECE_BYTES, archive
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
@@ -49,14 +49,18 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         async with refusals_as_statuses(context):
             generation = translated(request)
             answer = _Answer(generation, request.stream)
-            messages = _Messages(context.write)
+            messages = Messages(context.write)
             answering = asyncio.ensure_future(self._answer(generation, call, answer, messages))
             if not await self._unless_aborted(request.request_id, answering):
                 for response in answer.aborted():
                     await messages.write(response)
 
     async def _answer(
-        self, generation: pb.GenerateRequest, call: Call, answer: _Answer, messages: _Messages
+        self,
+        generation: pb.GenerateRequest,
+        call: Call,
+        answer: _Answer,
+        messages: Messages[vllm.GenerateResponse],
     ) -> None:
         async with aclosing(self._generations.responses(generation, call)) as events:
             async for event in events:
@@ -234,22 +238,6 @@ def _set_stopping(stopping: pb.Stopping, params: vllm.SamplingParams) -> None:
     stopping.stop_token_ids.extend(params.stop_token_ids)
     stopping.ignore_eos = params.ignore_eos
     stopping.include_stop_in_text = params.include_stop_str_in_output
-
-
-class _Messages:
-    """The messages of one call. A write that was begun is finished, though the task that began it be cancelled: gRPC
-    takes no second one beside it, and a call in which one was tried never ends."""
-
-    def __init__(self, write: Callable[[vllm.GenerateResponse], Awaitable[None]]) -> None:
-        self._write = write
-        self._latest: asyncio.Future[None] | None = None
-
-    async def write(self, response: vllm.GenerateResponse) -> None:
-        """Once the one before is out."""
-        if self._latest is not None:
-            await self._latest
-        self._latest = asyncio.ensure_future(self._write(response))
-        await asyncio.shield(self._latest)
 
 
 class _Answer:
