@@ -10,6 +10,8 @@ from contextlib import suppress
 
 # OpenMP workers that spin while another process has the core slow everything down by an order of magnitude.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As `drift serve` has it: with its fork handlers a process that is started while gRPC works may end by a fault.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # Tests take nothing from the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
