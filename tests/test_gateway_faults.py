@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -19,6 +21,7 @@ from drift_core.frames import Failed, Submit
 from drift_core.link import EngineFailed, EngineGone, EngineLink
 from drift_core.sampling_params import SamplingParams
 from drift_gateway import client as api
+from drift_gateway.event_loop import new_event_loop
 from drift_gateway.heartbeat import DEFAULT_HANG_TIMEOUT
 from drift_gateway.refusal import Refusal
 from drift_gateway.server import Address, Gateway
@@ -191,6 +194,70 @@ def test_restarts_are_given_up_after_so_many_in_a_row() -> None:
         await supervisor.stop()
 
     asyncio.run(run())
+
+
+def test_an_engine_process_that_cannot_be_started_is_tried_again() -> None:
+    async def run() -> None:
+        engines: list[FakeEngine] = []
+        refusals = [OSError(errno.EAGAIN, "Resource temporarily unavailable")]
+        paths: list[Path] = []
+
+        async def spawn(path: Path) -> EngineProcess:
+            paths.append(path)
+            if engines and refusals:
+                raise refusals.pop()
+            engines.append(await asyncio.to_thread(FakeEngine, path))
+            return FakeProcess(engines[-1])
+
+        supervisor = Supervisor(spawn, backoff=QUICK)
+        first = await asyncio.wait_for(supervisor.start(), PATIENCE_S)
+        keeping = asyncio.ensure_future(supervisor.keep_running())
+        await asyncio.to_thread(engines[0].crash)
+        async with asyncio.timeout(PATIENCE_S):
+            while supervisor.served in (None, first):
+                assert not keeping.done(), keeping.exception()
+                await asyncio.sleep(0.005)
+        assert [path.parent.exists() for path in paths] == [False, False, True]
+        keeping.cancel()
+        await supervisor.stop()
+
+    asyncio.run(run())
+
+
+def test_that_no_engine_process_can_be_started_is_said() -> None:
+    async def run() -> None:
+        async def spawn(path: Path) -> EngineProcess:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        with pytest.raises(EngineGone, match="no engine process can be started: Cannot allocate memory"):
+            await Supervisor(spawn).start()
+
+    asyncio.run(run())
+
+
+def test_a_process_that_ends_before_it_is_told_what_to_do_has_just_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = asyncio.create_subprocess_exec
+
+    async def start_and_end(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*command, **options)
+        process.kill()
+        await process.wait()
+        assert process.stdin is not None
+        async with asyncio.timeout(PATIENCE_S):
+            while not process.stdin.is_closing():
+                await asyncio.sleep(0.005)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_end)
+
+    async def run() -> None:
+        child = await ChildProcess.spawn_module("drift_gateway", (), b"configuration")
+        assert await asyncio.wait_for(child.wait(), PATIENCE_S) == "signal 9"
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run())
 
 
 def test_pauses_between_restarts_double_up_to_a_bound() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -24,13 +25,18 @@ import trustme
 from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from drift_core.engine import engine_config
 from drift_gateway import client as api
+from drift_gateway.access.security import Security
 from drift_gateway.access.tenants import new_token, token_entry
 from drift_gateway.client import AsyncDriftClient
 from drift_gateway.commands.serve import serve as serve_command
 from drift_gateway.connection import Tls
+from drift_gateway.fleet import Fleet
 from drift_gateway.request_errors import RequestError
+from drift_gateway.serve_options import ServeOptions
 from drift_gateway.server import Address, reserve_port
+from drift_gateway.supervisor import ChildProcess, EngineProcess, Supervisor
 from drift_gateway.v1 import admin_pb2, admin_pb2_grpc, info_pb2
 from drift_scheduler.errors import DriftError
 
@@ -648,6 +654,62 @@ def test_ended_while_it_starts_no_process_is_left() -> None:
         process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0
     wait_until(lambda: not any(alive(pid) for pid in started))
+
+
+def fleet_of_two() -> Fleet:
+    """In this process, without an engine."""
+
+    async def spawn(path: Path) -> EngineProcess:
+        raise AssertionError("no engine is started here")
+
+    options = ServeOptions(
+        engine_config(model="demo", device="simulated"), Address("127.0.0.1", 0), gateways=GATEWAYS
+    )
+    return Fleet(Supervisor(spawn), options, Security())
+
+
+def test_a_gateway_process_that_cannot_be_started_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(*arguments: Any, **options: Any) -> ChildProcess:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ChildProcess, "spawn_module", start)
+
+    async def run() -> None:
+        fleet = fleet_of_two()
+        await fleet.open(Address("127.0.0.1", 0))
+        with pytest.raises(
+            DriftError, match="ended while starting: no process can be started: Too many open"
+        ):
+            await asyncio.wait_for(fleet.ready(), PATIENCE_S)
+        await fleet.close(grace=0.0)
+
+    asyncio.run(run())
+
+
+def test_a_gateway_process_that_is_being_started_when_the_service_stops_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def run() -> None:
+        asked, stopping, started = asyncio.Event(), asyncio.Event(), []
+
+        async def start(*arguments: Any, **options: Any) -> ChildProcess:
+            asked.set()
+            await stopping.wait()
+            process = await asyncio.create_subprocess_exec("sleep", "1000", stderr=asyncio.subprocess.PIPE)
+            started.append(process)
+            return ChildProcess(process)
+
+        monkeypatch.setattr(ChildProcess, "spawn_module", start)
+        fleet = fleet_of_two()
+        await fleet.open(Address("127.0.0.1", 0))
+        await asyncio.wait_for(asked.wait(), PATIENCE_S)
+        closing = asyncio.ensure_future(fleet.close(grace=10 * PATIENCE_S))
+        await asyncio.sleep(0)
+        stopping.set()
+        await asyncio.wait_for(closing, PATIENCE_S)
+        assert [process.returncode for process in started] == [-signal.SIGKILL] * GATEWAYS
+
+    asyncio.run(run())
 
 
 def test_systems_that_cannot_share_ports_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

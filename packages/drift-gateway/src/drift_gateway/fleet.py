@@ -213,7 +213,10 @@ class Fleet:
         crashes = 0
         while not self._stopping.is_set():
             began = time.monotonic()
-            how = await self._run(member, address)
+            try:
+                how = await self._run(member, address)
+            except OSError as error:  # out of memory, processes or descriptors, perhaps for now only
+                how = f"no process can be started: {error.strerror or error}"
             await self._lost(member)
             if self._stopping.is_set():
                 return
@@ -251,6 +254,8 @@ class Fleet:
         finally:
             theirs.close()
         process = member.process
+        if self._stopping.is_set():  # since it is being started, and nobody told it
+            process.kill()
         link = FleetLink(TO_FLEET, lambda frame: self._receive(member, frame), lambda: None)
         await link.open(ours)
         member.link = link

@@ -202,7 +202,11 @@ class Supervisor:
         """Start the engine and wait until it serves. Raises DriftError when it never will; nothing is left over."""
         client = self._client = await EngineClient.listen(self._starting, self._step)
         client.gone.add_done_callback(self._note_crash)
-        process = self._process = await self._spawn(client.path)
+        try:
+            process = self._process = await self._spawn(client.path)
+        except OSError as error:  # out of memory, processes or descriptors, perhaps for now only
+            await self._end_engine()
+            raise EngineGone(f"no engine process can be started: {error.strerror or error}") from error
         ended = asyncio.ensure_future(process.wait())
         ready = asyncio.ensure_future(client.ready())
         try:
@@ -567,8 +571,9 @@ class ChildProcess:
         )
         child = cls(process, to)
         assert process.stdin is not None
-        process.stdin.write(configuration)
-        process.stdin.close()
+        with contextlib.suppress(RuntimeError, OSError):  # it has ended already; `wait` says how
+            process.stdin.write(configuration)
+            process.stdin.close()
         return child
 
     @property
