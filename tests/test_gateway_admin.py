@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from drift_core.frames import FlushPrefixes, SetPolicy, StartTrace
 from drift_gateway import client as api
-from drift_gateway import serving
+from drift_gateway import generation, serving
 from drift_gateway.admin import ADMIN, AdminPort
 from drift_gateway.commands.admin import admin as admin_command
 from drift_gateway.commands.serve import serve as serve_command
@@ -152,6 +152,32 @@ def test_draining_refuses_what_is_new_and_lets_the_rest_end() -> None:
         assert message.startswith("timeout_ms: ")
 
     with_admin(body, paused=True)
+
+
+def test_what_is_being_tokenized_when_a_server_drains_is_refused_and_not_let_in_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reached, drained = asyncio.Event(), asyncio.Event()
+    tokenized = generation.tokenized
+
+    async def late(*arguments: Any) -> Any:
+        reached.set()
+        await drained.wait()
+        return await tokenized(*arguments)
+
+    monkeypatch.setattr(generation, "tokenized", late)
+
+    async def body(under: UnderTest, admin: Any) -> None:
+        asked = asyncio.ensure_future(under.client.generate(token_ids=[1], max_tokens=4).complete())
+        await reached.wait()
+        assert (await admin.Drain(pb.DrainRequest())).in_flight == 0
+        drained.set()
+        with pytest.raises(api.Unavailable, match="an operator drains it") as refused:
+            await asked
+        assert refused.value.reason == Reason.DRAINING
+        assert under.engine.submits() == []
+
+    with_admin(body)
 
 
 @pytest.mark.parametrize("everything", [False, True])

@@ -77,6 +77,7 @@ class Generations:
         supervisor = self._supervisor
         served = supervisor.serving()
         admitted, verdict = await self._admit(request, served, call)
+        supervisor.serving()  # that took its time, and whoever drains or stops meanwhile waits for no such request
         record.request_id, record.demoted = admitted.request_id, admitted.demoted
         await served.client.free(admitted.output_ids)
         submission = supervisor.submit(served, admitted.frames())
