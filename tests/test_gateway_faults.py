@@ -15,7 +15,14 @@ from typing import Any
 import grpc
 import pytest
 from fake_engine import FakeEngine
-from gateway_under_test import PATIENCE_S, QUICK, FakeProcess, UnderTest, run_with_gateway
+from gateway_under_test import (
+    PATIENCE_S,
+    QUICK,
+    FakeProcess,
+    UnderTest,
+    narrow_client,
+    run_with_gateway,
+)
 
 from drift_core.frames import Failed, Submit
 from drift_core.link import EngineFailed, EngineGone, EngineLink
@@ -278,6 +285,35 @@ def test_stopping_lets_streams_finish_within_the_grace_time() -> None:
         await closing
 
     run_with_gateway(body, step_seconds=0.01)
+
+
+def test_stopping_lets_clients_read_what_the_engine_is_done_with() -> None:
+    async def body(under: UnderTest) -> None:
+        open_at_the_end: list[list[str]] = []
+        stop = under.gateway._server.stop
+
+        async def noting(grace: float | None) -> None:
+            open_at_the_end.append(under.supervisor.request_ids())
+            await stop(grace)
+
+        under.gateway._server.stop = noting  # type: ignore[method-assign]
+        async with narrow_client(under.target) as client:
+            unread = client.generate(token_ids=[1], max_tokens=3000)
+            await under.until(lambda engine: len(engine.submits()) == 1)
+            served = under.supervisor.serving()
+            async with asyncio.timeout(PATIENCE_S):
+                while served.client.in_flight:
+                    await asyncio.sleep(0.005)
+            assert under.supervisor.request_ids(), "it has room for all that it does not read"
+            closing = asyncio.ensure_future(under.gateway.close(grace=PATIENCE_S))
+            for _ in range(100):
+                await asyncio.sleep(0.001)
+            completion = await unread.complete()
+            assert (completion.finish_reason, len(completion.token_ids)) == ("length", 3000)
+            await closing
+            assert open_at_the_end == [[]]
+
+    run_with_gateway(body, step_seconds=0.0)
 
 
 def test_stopping_cancels_what_is_left_after_the_grace_time() -> None:

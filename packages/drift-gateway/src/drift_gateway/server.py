@@ -20,7 +20,6 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from drift_core.link import EngineClient
 from drift_gateway.access.security import NO_SECURITY, Security, SecurityOptions
 from drift_gateway.compat import add_services
 from drift_gateway.gate import GateLimits
@@ -240,10 +239,10 @@ class Gateway:
         self._stopping.set()
         served = self.supervisor.served
         if served is not None:
-            await _drain(served.client, grace, hurry)
+            await _drain(self.supervisor, grace, hurry)
             for request_id in served.client.in_flight_ids():
                 served.client.cancel(request_id)
-            await _drain(served.client, 2.0)
+            await _drain(self.supervisor, 2.0)
         await self._server.stop(1.0)
         await self.supervisor.stop()
 
@@ -254,8 +253,15 @@ async def _either(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), seconds)
 
 
-async def _drain(client: EngineClient, patience: float, hurry: asyncio.Event | None = None) -> None:
-    """Wait until nothing is in flight, `patience` seconds are over, or `hurry` is set."""
+async def _drain(supervisor: Supervisor, patience: float, hurry: asyncio.Event | None = None) -> None:
+    """Wait until all streams have ended, `patience` seconds are over, or `hurry` is set.
+
+    A client may have yet to read what the engine was done with long ago.
+    """
     deadline = time.monotonic() + patience
-    while client.in_flight and time.monotonic() < deadline and not (hurry is not None and hurry.is_set()):
+    while (
+        supervisor.request_ids()
+        and time.monotonic() < deadline
+        and not (hurry is not None and hurry.is_set())
+    ):
         await asyncio.sleep(0.02)
