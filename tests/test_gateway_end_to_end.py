@@ -175,7 +175,6 @@ def test_a_stop_string_cuts_the_text_of_the_real_model(target: str) -> None:
     run(target, body)
 
 
-@pytest.mark.slow
 def test_a_name_may_be_used_again_after_a_stop_string_or_a_cancellation(target: str) -> None:
     """The engine may still work on what was called so before."""
 
@@ -196,6 +195,7 @@ def test_a_name_may_be_used_again_after_a_stop_string_or_a_cancellation(target: 
     run(target, body)
 
 
+@pytest.mark.slow
 def test_the_demo_finishes_every_request() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "drift_gateway", "demo"],

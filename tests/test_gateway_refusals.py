@@ -10,11 +10,15 @@ from typing import Any
 
 import grpc
 import pytest
-from gateway_under_test import UnderTest, ready_in, run_with_gateway
+from gateway_under_test import PATIENCE_S, UnderTest, ready_in, run_with_gateway
 
+from drift_core.frames import Submit
+from drift_core.sampling_params import SamplingParams
 from drift_gateway import client as api
+from drift_gateway.access.tenants import ANYBODY
 from drift_gateway.observe.access_log import line_of
 from drift_gateway.observe.request_record import RequestRecord
+from drift_gateway.refusal import Reason, Refusal
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
 
@@ -32,6 +36,10 @@ async def status_of(under: UnderTest, request: pb.GenerateRequest) -> tuple[grpc
         except grpc.aio.AioRpcError as error:
             return error.code(), error.details() or ""
         return grpc.StatusCode.OK, ""
+
+
+def submit_of(output_id: str) -> Submit:
+    return Submit(output_id, [1], SamplingParams(max_tokens=3), 1.0, 0.1, None, "default", 0, "", 0.0)
 
 
 def asking(**fields: Any) -> pb.GenerateRequest:
@@ -183,6 +191,28 @@ def test_an_id_in_flight_is_refused() -> None:
         assert raised.value.code is grpc.StatusCode.ALREADY_EXISTS
 
     run_with_gateway(body, paused=True)
+
+
+def test_an_id_is_in_use_until_its_stream_has_ended_too() -> None:
+    """The engine is done with a request while its client has yet to read: what is counted by its id is one's alone."""
+
+    async def body(under: UnderTest) -> None:
+        supervisor = under.supervisor
+        served, frame = supervisor.serving(), submit_of("same#0")
+        before = ANYBODY.usage.in_flight
+        unread = supervisor.submit(served, [frame])
+        async with asyncio.timeout(PATIENCE_S):
+            while unread.requests[0].finished is None:
+                await unread.changed()
+        assert served.client.in_flight == 0
+        with pytest.raises(Refusal, match="'same' is in flight already") as refused:
+            supervisor.submit(served, [frame])
+        assert refused.value.reason == Reason.REQUEST_ID_IN_USE
+        supervisor.ended(unread)
+        supervisor.ended(supervisor.submit(served, [frame]))
+        assert ANYBODY.usage.in_flight == before
+
+    run_with_gateway(body)
 
 
 def test_an_internal_fault_is_opaque_and_has_an_id(

@@ -45,7 +45,10 @@ class Both:
             prompt=tuple(prompt), salt=salt, prefix_keys=keys, key_tokens=size,
         )  # fmt: skip
 
-    def same(self, call: str, *args: object) -> object:
+    def same(self, call: str, *args: object, most_pages: int = 0) -> object:
+        """Make a call that takes `most_pages` at most."""
+        if most_pages > self.paged.free_pages - self.paged.num_cached_pages:
+            self.paged.settle()  # what is put off is not compared with what was evicted meanwhile
         real = getattr(self.paged, call)(*args)
         counted = getattr(self.counting, call)(*args)
         assert real == counted, f"{call}{args}: {real} of the real pool, {counted} of the counting one"
@@ -54,8 +57,11 @@ class Both:
         assert self.paged.stats == self.counting.stats
         return real
 
+    def pages(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)
+
     def admit(self, request: Request, known: int, reserve: int) -> bool:
-        cached = self.same("admit", request, known, reserve)
+        cached = self.same("admit", request, known, reserve, most_pages=self.pages(reserve))
         if cached is None:
             return False
         assert isinstance(cached, int)
@@ -63,7 +69,7 @@ class Both:
         return True
 
     def extend(self, name: str, tokens: int) -> None:
-        if self.same("extend", name, tokens):
+        if self.same("extend", name, tokens, most_pages=self.pages(tokens)):
             self.live[name].covered = max(self.live[name].covered, tokens)
 
     def commit(self, name: str, tokens: int) -> None:
@@ -84,7 +90,8 @@ class Both:
             for name, live in self.live.items()
             if live.computed == live.known < len(self.tokens[name])
         ]
-        done = self.same("grow", [name for name, _ in decoding], [live.known + 1 for _, live in decoding])
+        names, tokens = [name for name, _ in decoding], [live.known + 1 for _, live in decoding]
+        done = self.same("grow", names, tokens, most_pages=len(names))
         assert isinstance(done, int)
         for name, live in decoding[:done]:
             live.covered = max(live.covered, live.known + 1)

@@ -147,7 +147,8 @@ class PagedKv:
     asked only for tokens beyond `Request.prompt`. A request object's tokens may grow but never change.
     `hash_key`: the secret that keys the hashes (at most 64 bytes); drawn at random when not given.
     `put_off`: filled pages are published by `settle`, which whoever runs the work calls while there is time, or
-    when they are next looked for; without it at once.
+    when they are next looked for; without it at once. (So a page stays cached whose twin, published before it was
+    filled, is evicted before the next `settle`; without it such a page stays private.)
 
     Not thread-safe: the scheduler's thread owns it.
     """

@@ -77,9 +77,9 @@ class Generations:
         supervisor = self._supervisor
         served = supervisor.serving()
         admitted, verdict = await self._admit(request, served, call)
-        supervisor.serving()  # that took its time, and whoever drains or stops meanwhile waits for no such request
         record.request_id, record.demoted = admitted.request_id, admitted.demoted
         await served.client.free(admitted.output_ids)
+        supervisor.serving()  # that took its time, and whoever drains or stops meanwhile waits for no such request
         submission = supervisor.submit(served, admitted.frames())
         supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
         supervisor.splits.watch(admitted.output_ids)
