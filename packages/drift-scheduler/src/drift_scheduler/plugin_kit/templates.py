@@ -26,7 +26,7 @@ packages = ["src/$module"]
 README = """\
 # drift-plugin-$name
 
-A policy for [Drift](https://pypi.org/project/drift-scheduler/).
+A policy for Drift: a plugin of `drift-scheduler`.
 
 ```console
 $$ pip install -e . pytest
@@ -70,8 +70,8 @@ class $Class:
     def choose(self, view: View, costs: CostModel, partitions: PartitionPolicy) -> Gang | None:
         """The next gang for the idle lanes, or None to wait for the next event.
 
-        This policy gives the whole device to one phase at a time. Try Sharing.SPATIAL with `partitions.split(...)`,
-        or Sharing.FUSED: what makes a gang legal is in docs/plugins.md.
+        This policy gives the whole device to one phase at a time. Try Sharing.SPATIAL with `partitions.split(...)`
+        where `view.device.splits()` has any, or Sharing.FUSED: `drift_scheduler.legality` says what makes a gang legal.
         """
         if view.prefill_lane.busy or view.decode_lane.busy:
             return None
