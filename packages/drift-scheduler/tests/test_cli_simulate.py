@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from drift_scheduler import cli
 from drift_scheduler.dispatch import CLUSTER_ONLY
+from drift_scheduler.domain import SLO, Request
 from drift_scheduler.errors import PluginError
 from drift_scheduler.plugins import Registry, load
 
@@ -267,6 +269,30 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_help_still_works(
     unknown = drift("nonsense")
     assert unknown.exit_code == 2
     assert "No such command 'nonsense'" in unknown.stderr
+
+
+@pytest.mark.parametrize("command", ["simulate", "goodput"])
+def test_a_workload_that_sees_late_what_is_wrong_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from drift_scheduler.hookspecs import hookimpl
+
+    def town(seed: int, city: str = "", **_: object) -> Iterator[Request]:
+        if not city:
+            raise ValueError("no city was named")
+        yield Request("a", 0.0, 10, 5, SLO(1.0, 0.1))
+
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def drift_workloads() -> dict[str, object]:
+            return {"town": town, "none": lambda seed, **_: 7}
+
+    registry = load([("acme", Plugin)], installed=False)
+    monkeypatch.setattr("drift_scheduler.plugins.load", lambda strict=True: registry)
+    on = (command, "--device", "h200", "--model", "llama-3.1-8b", "--dispatch", "gang", "--workload")
+    assert drift(*on, "town").stderr == "drift: workload 'town' (plugin acme): no city was named\n"
+    assert drift(*on, "none").stderr == "drift: workload 'none' (plugin acme): 'int' object is not iterable\n"
 
 
 def test_a_plugins_command_joins(monkeypatch: pytest.MonkeyPatch) -> None:

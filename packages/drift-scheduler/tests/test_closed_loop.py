@@ -128,6 +128,9 @@ def following(arrivals: Arrivals) -> tuple[str, float]:
 def test_arrivals_and_turns_out_of_order_are_named() -> None:
     with pytest.raises(ValueError, match=r"'y' arrives at 1\.0 s, before 'x'"):
         Arrivals([turn("x", 2.0), turn("y", 1.0)]).advance()
+    for never in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"request 'x' arrives at {never} s"):
+            Arrivals([turn("x", never)])
     with pytest.raises(ValueError, match="request 'y' is turn 1 of session 's'"):
         Arrivals([turn("x", 0.0, "s", 1, 0.0), turn("y", 1.0, "s", 1, 0.0)])
 

@@ -11,6 +11,7 @@ read and kept, as any later line may belong to a session that goes on sooner. Kn
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from drift_scheduler.domain import Request
 class Arrivals:
     """`next` is the request that arrives next as far as is known now; `None`: none before some turn ends.
 
-    Raises ValueError where requests are not in order of arrival, or a session's not in order of its turns.
+    Raises ValueError where requests arrive at no time or not in order, or a session's not in order of its turns.
     """
 
     def __init__(self, requests: Iterable[Request]) -> None:
@@ -60,6 +61,8 @@ class Arrivals:
     def _pull(self) -> Request | None:
         request = next(self._source, None)
         if request is not None:
+            if not math.isfinite(request.arrival):
+                raise ValueError(f"request '{request.id}' arrives at {request.arrival} s")
             if self._latest is not None and request.arrival < self._latest.arrival:
                 raise ValueError(
                     f"request '{request.id}' arrives at {request.arrival} s, before '{self._latest.id}' at "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -138,10 +138,10 @@ class Simulation:
         With a `stopwatch` (monotonic seconds) the report says what a scheduler step took; it then differs from
         run to run.
         """
-        executor = SimulatedExecutor(
-            self.device, self.truth, self.requests, overheads=self.overheads, seed=self.scenario.seed
-        )
         try:
+            executor = SimulatedExecutor(
+                self.device, self.truth, self.requests, overheads=self.overheads, seed=self.scenario.seed
+            )
             serve(
                 self.scheduler,
                 executor,
@@ -182,7 +182,15 @@ def workload(registry: Registry, scenario: Scenario) -> Iterable[Request]:
                 f"trace '{name}' takes the options block_tokens, closed, max_output, not {', '.join(options)}"
             ) from None
     made: Iterable[Request] = registry.create("workload", name, scenario.seed, **asked, **options)
-    return made
+    return _named(made, f"workload '{name}' (plugin {registry.plugin_of('workload', name)})")
+
+
+def _named(requests: Iterable[Request], what: str) -> Iterator[Request]:
+    """The requests of a workload, which may see only when it begins that an option is wrong. Raises OptionError."""
+    try:
+        yield from requests
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"{what}: {error}") from error
 
 
 def cost_model(registry: Registry, choice: str, scenario: Scenario) -> CostModel:
