@@ -65,7 +65,9 @@ def test_a_crash_ends_every_stream_as_unavailable_and_the_engine_comes_back() ->
         for stream in streams:
             with pytest.raises(api.Unavailable, match="try again"):
                 await asyncio.wait_for(stream, PATIENCE_S)
-        assert time.monotonic() - crashed < DEFAULT_HANG_TIMEOUT, "by the socket's end, not for want of answers"
+        assert time.monotonic() - crashed < DEFAULT_HANG_TIMEOUT, (
+            "by the socket's end, not for want of answers"
+        )
         while len(under.engines) < 2:
             await asyncio.sleep(0.005)
         await until_ready(under)

@@ -225,7 +225,7 @@ def client_process(target: str, request_id: str) -> Iterator[subprocess.Popen[by
 
 @pytest.mark.parametrize(("how", "at_most"), [(signal.SIGKILL, 9.0), (signal.SIGSTOP, 15.0)])
 def test_a_client_that_is_dead_or_stopped_is_noticed_and_its_pages_freed(how: int, at_most: float) -> None:
-    """Killed: as its socket closes, before pings could tell. Stopped: its kernel still acknowledges, so only they do."""
+    """Killed: as its socket closes, before pings could tell. Stopped: its kernel acknowledges, so only they do."""
 
     async def body(under: UnderTest) -> None:
         with client_process(under.target, "r") as process:

@@ -17,6 +17,7 @@ from drift_core.frames import Submit
 from drift_core.tokenizer import Tokenizer
 from drift_gateway.access.security import Security, SecurityOptions
 from drift_gateway.access.tenants import new_token, token_entry
+from drift_gateway.compat import vllm_engine
 from drift_gateway.compat.messages import Messages
 from drift_gateway.compat.wire import vllm_engine_pb2 as vllm
 from drift_gateway.compat.wire import vllm_engine_pb2_grpc
