@@ -511,8 +511,11 @@ def test_too_many_long_texts_at_once_are_refused(tmp_path: Path, monkeypatch: py
 
 def test_a_model_without_tokenizer_says_so() -> None:
     async def body(under: UnderTest) -> None:
-        for call in (under.client.tokenize("a"), under.client.detokenize([1])):
-            with pytest.raises(api.NeverFits, match="has no tokenizer") as raised:
+        for call, problem in (
+            (under.client.tokenize("a"), "text: .* has no tokenizer"),
+            (under.client.detokenize([1]), "^token_ids: model 'fake' has no tokenizer$"),
+        ):
+            with pytest.raises(api.NeverFits, match=problem) as raised:
                 await call
             assert raised.value.reason == "NO_TOKENIZER"
 

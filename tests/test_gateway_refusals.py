@@ -141,6 +141,18 @@ def test_text_for_a_model_without_tokenizer_is_refused_with_the_way_out() -> Non
     run_with_gateway(body)
 
 
+def test_stop_strings_for_a_model_without_tokenizer_are_not_passed_over() -> None:
+    async def body(under: UnderTest) -> None:
+        with pytest.raises(
+            api.NeverFits, match=r"stopping\.stop: .* no tokenizer.*; give stop_token_ids"
+        ) as refused:
+            await under.client.generate(token_ids=[1], stop=["END"]).complete()
+        assert refused.value.reason == "NO_TOKENIZER"
+        assert under.engine.submits() == []
+
+    run_with_gateway(body)
+
+
 def test_conversations_a_model_cannot_take(tmp_path: Path) -> None:
     hello = [{"role": "user", "content": "hello"}]
 

@@ -154,6 +154,14 @@ def test_the_end_says_which_token_it_was() -> None:
     run(body, script=lambda submit: [7, 8, 9], end_reason="stop")
 
 
+def test_without_a_tokenizer_here_stop_strings_are_smgs_to_find() -> None:
+    async def body(under: UnderTest, smg: Smg) -> None:
+        (complete,) = completes(await smg.generate(asked(stop=["END"], max_tokens=5)))
+        assert complete.finish_reason == "length"
+
+    run(body)
+
+
 def test_text_is_tokenized_here_when_it_comes_as_text(tmp_path: Path) -> None:
     async def body(under: UnderTest, smg: Smg) -> None:
         await smg.generate(vllm.GenerateRequest(text="Grüße", stream=True))

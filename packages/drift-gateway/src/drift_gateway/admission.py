@@ -28,7 +28,7 @@ from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call
 from drift_gateway.forms import FORMS
 from drift_gateway.gate import Asked, Verdict
-from drift_gateway.prompts import chat_ids, given_ids, not_served, text_ids
+from drift_gateway.prompts import chat_ids, given_ids, not_served, text_ids, tokenizer_of
 from drift_gateway.refusal import Reason, Refusal, invalid
 from drift_gateway.supervisor import Served
 from drift_gateway.v1 import generation_pb2 as pb
@@ -177,6 +177,8 @@ async def tokenized(
         case _:
             prompt = given_ids("token_ids.ids", request.token_ids.ids, served.ready.vocab_size)
     fitting = _fitting(checked, len(prompt), served.ready)
+    if fitting.sampling.stop is not None:
+        tokenizer_of(served, "stopping.stop", cure=", so there is no text to look in; give stop_token_ids")
     await FORMS.check(served.tokenizer, served.ready, fitting.sampling.structured)
     return fitting, prompt
 

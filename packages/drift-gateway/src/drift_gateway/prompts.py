@@ -62,12 +62,10 @@ class Pool:
 POOL: Final = Pool()
 
 
-def tokenizer_of(served: Served, field: str) -> Tokenizer:
-    """The model's tokenizer. Raises Refusal when it has none."""
+def tokenizer_of(served: Served, field: str, cure: str = "; give token_ids") -> Tokenizer:
+    """The model's tokenizer. Raises Refusal when it has none; `cure` says what to do then."""
     if served.tokenizer is None:
-        raise Refusal(
-            Reason.NO_TOKENIZER, f"{field}: model '{served.ready.model}' has no tokenizer; give token_ids"
-        )
+        raise Refusal(Reason.NO_TOKENIZER, f"{field}: model '{served.ready.model}' has no tokenizer{cure}")
     return served.tokenizer
 
 
@@ -138,7 +136,7 @@ async def detokenize(request: pb.DetokenizeRequest, served: Served) -> pb.Detoke
         raise not_served(request.model, served.ready)
     if len(request.token_ids) > MAX_DETOKENIZED:
         raise invalid("token_ids", f"{len(request.token_ids)} token ids are more than {MAX_DETOKENIZED}")
-    tokenizer = tokenizer_of(served, "token_ids")
+    tokenizer = tokenizer_of(served, "token_ids", cure="")
     if not request.token_ids:
         return pb.DetokenizeResponse()
     ids = given_ids("token_ids", request.token_ids, served.ready.vocab_size)

@@ -48,6 +48,9 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
         call = call_of(context)
         async with refusals_as_statuses(context):
             generation = translated(request)
+            served = self._supervisor.served
+            if served is not None and served.tokenizer is None:
+                del generation.stopping.stop[:]  # smg, which then has one, looks for them itself
             answer = _Answer(generation, request.stream)
             messages = Messages(context.write)
             answering = asyncio.ensure_future(self._answer(generation, call, answer, messages))
