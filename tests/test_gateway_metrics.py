@@ -175,6 +175,21 @@ def output(
     return ended
 
 
+def test_an_output_that_a_stop_string_ended_is_told_of_up_to_there() -> None:
+    """The engine makes tokens until it has heard of it."""
+    stats, times = ServiceStats(), [0.5, 0.6, 0.7, 2.0]
+    frame = Submit("r#0", [1, 2, 3], SamplingParams(), 1.0, 0.2, 1.0, "c", 0, "", 0.0)
+    stats.submitted(frame, SimpleNamespace(times=times))
+    item = FinishedItem("r#0", "length", arrival=0.0, scheduled=0.25, finished=2.0, prompt_tokens=3)
+    stats.step(StepFrame(2.0, finished=[item]))
+    ended = stats.forget("r#0", stopped_after=3)
+    assert ended is not None
+    assert (ended.reason, ended.output_tokens, ended.first_token, ended.last_token) == ("stop", 3, 0.5, 0.7)
+    assert ended.tbt_max == pytest.approx(0.1)
+    assert ended.met == {"ttft": True, "tbt": True, "e2e": True}
+    assert (ended.scheduled, ended.finished) == (0.25, 2.0)
+
+
 def test_a_class_counts_what_ended_in_the_last_minute() -> None:
     stats = ServiceStats()
     for number in range(10):

@@ -21,7 +21,7 @@ from typing import Any
 import grpc
 import pytest
 from fake_engine import FakeEngine
-from gateway_under_test import UnderTest, run_with_gateway
+from gateway_under_test import UnderTest, ready_in, run_with_gateway
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from drift_core.frames import Pong
@@ -293,6 +293,21 @@ def test_the_access_log_has_one_line_per_request_and_no_prompt(tmp_path: Path) -
     assert left["outputs"][0]["reason"] is None
     assert "[7, 7, 7]" not in path.read_text(encoding="utf-8")
     assert "token_ids" not in path.read_text(encoding="utf-8")
+
+
+def test_the_access_log_has_an_output_as_its_client_was_told_of_it(tmp_path: Path) -> None:
+    """The engine says LENGTH where a stop string came with the last token it may make."""
+
+    async def body(under: UnderTest) -> None:
+        records = list[RequestRecord]()
+        under.gateway.generations.recorders.append(records.append)
+        completion = await under.client.generate(token_ids=[1], stop=["END"]).complete()
+        assert (completion.finish_reason, completion.usage.output_tokens) == ("stop", 8)
+        await ended(records, 1)
+        (output,) = records[0].outputs
+        assert (output.reason, output.output_tokens) == ("stop", 8)
+
+    run_with_gateway(body, ready=ready_in(tmp_path), script=lambda submit: list(b"some END"))
 
 
 def test_an_access_log_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:

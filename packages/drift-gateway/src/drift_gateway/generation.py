@@ -83,9 +83,12 @@ class Generations:
         submission = supervisor.submit(served, admitted.frames())
         supervisor.ahead.add(admitted.output_ids, verdict.newcomer, time.monotonic(), verdict.forecast)
         supervisor.splits.watch(admitted.output_ids)
+        outputs: list[Output] = []
         timer = _end_at(call.deadline, submission)
         try:
-            async with aclosing(_events(served, admitted, submission, supervisor.splits, write)) as events:
+            for k in range(len(submission.requests)):
+                outputs.append(_output(served, admitted, k, submission, supervisor.splits))
+            async with aclosing(_events(served, admitted, submission, outputs, write)) as events:
                 async for event in events:
                     yield event
         finally:  # also on CancelledError, which goes on: the client left or its deadline passed
@@ -94,7 +97,8 @@ class Generations:
             for output_id in admitted.output_ids:
                 supervisor.ahead.remove(output_id)
             supervisor.splits.forget(admitted.output_ids)
-            record.outputs = supervisor.ended(submission)
+            stopped_after = {output.progress.id: output.stopped_after for output in outputs}
+            record.outputs = supervisor.ended(submission, stopped_after)
 
     async def _admit(
         self, request: pb.GenerateRequest, served: Served, call: Call
@@ -168,11 +172,10 @@ async def _events(
     served: Served,
     admitted: Admitted,
     submission: Submission,
-    splits: SplitsUsed,
+    outputs: list[Output],
     write: Write | None,
 ) -> AsyncGenerator[pb.GenerateResponse, None]:
     """Every message of the request. Raises Refusal or EngineGone where the stream ends with a status."""
-    outputs = [_output(served, admitted, k, submission, splits) for k in range(len(submission.requests))]
     admission_seconds = time.monotonic() - admitted.arrival
     announced = False
     running = outputs

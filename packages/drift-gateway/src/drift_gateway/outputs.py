@@ -99,6 +99,11 @@ class Output:
         self._push = None if detokenizer is None else detokenizer.push
         self._stop_string: str | None = None
 
+    @property
+    def stopped_after(self) -> int | None:
+        """The tokens after which a stop string came, if one did."""
+        return None if self._stop_string is None else self._kept
+
     def advance(self, gateway_seconds: float) -> Sequence[pb.GenerateResponse]:
         """Messages for what came since the last call. `gateway_seconds`: what admission took."""
         if self.ended:

@@ -16,7 +16,7 @@ import sys
 import time
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -348,10 +348,11 @@ class Supervisor:
             self.stats.submitted(frame, progress)
         return submission
 
-    def ended(self, submission: Submission) -> list[EndedOutput]:
+    def ended(self, submission: Submission, stopped_after: Mapping[str, int | None]) -> list[EndedOutput]:
         """A submission's reader is done with it: cancel what still runs, remember what ended well.
 
-        How each of its outputs ended, or how far it came.
+        How each of its outputs ended, or how far it came. `stopped_after`: by their ids in the engine, the
+        tokens after which a stop string came, where one did.
         """
         if self._client is not None and self._client.gone.done():
             self._note_crash(self._client.gone)  # this reader may be told before the future's callbacks are
@@ -362,7 +363,7 @@ class Supervisor:
             fingerprint = self._fingerprints.pop(request.id, None)
             if fingerprint is not None and request.finished is not None:
                 self.quarantine.ended_here(fingerprint)
-            end = self.stats.forget(request.id)
+            end = self.stats.forget(request.id, stopped_after.get(request.id))
             tenant = self._tenants.pop(request.id, None)
             if tenant is not None:
                 tenant.end(time.monotonic(), end.output_tokens if end is not None else 0)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -220,11 +220,17 @@ class ServiceStats:
         for finished in frame.others.finished if frame.others is not None else ():
             self._count(finished)
 
-    def forget(self, request_id: str) -> EndedOutput | None:
-        """Its reader is done with it: how it ended, or how far it came. `None` when it was never submitted."""
+    def forget(self, request_id: str, stopped_after: int | None = None) -> EndedOutput | None:
+        """Its reader is done with it: how it ended, or how far it came. `None` when it was never submitted.
+
+        `stopped_after`: the tokens of it after which a stop string came, whatever the engine made of it until it was
+        told.
+        """
         output = self._tracked.pop(request_id, None)
         if output is None:
             return None
+        if output.ended is not None and stopped_after is not None:
+            return _stopped(output, output.ended, stopped_after)
         if output.ended is not None:
             return output.ended
         self._no_longer_waits(output)
@@ -300,33 +306,51 @@ class ServiceStats:
 
 def _ended(output: _Tracked, item: FinishedItem | None) -> tuple[EndedOutput, Floats]:
     """What became of an output, and the gaps between its tokens in order of size."""
-    frame, times = output.frame, np.array(output.progress.times)
-    gaps = np.sort(np.diff(times))
-    first, last = (float(times[0]), float(times[-1])) if len(times) else (None, None)
+    frame = output.frame
     failed = item is not None and item.reason == FinishReason.FAILED.value
-    tbt_p99 = nearest_rank(gaps, 0.99)
     complete = item is not None and item.reason in SERVED_WELL
+    timed, gaps = _timed(frame, output.progress.times, complete, failed)
     ended = EndedOutput(
         id=frame.id,
         slo_class=frame.slo_class,
         reason=None if item is None else item.reason,
         arrival=frame.arrival,
         scheduled=None if item is None else item.scheduled,
-        first_token=first,
-        last_token=last,
         prompt_tokens=len(frame.prompt),
         cached_tokens=0 if item is None else item.cached_tokens,
-        output_tokens=len(times),
         preemptions=0 if item is None else item.preemptions,
         finished=0.0 if item is None else item.finished,
-        tbt_p50=nearest_rank(gaps, 0.5),
-        tbt_p99=tbt_p99,
-        tbt_max=float(gaps[-1]) if len(gaps) else None,
-        ttft_met=_met(frame.slo_ttft, None if first is None else first - frame.arrival, failed),
-        tbt_met=_met(frame.slo_tbt, tbt_p99, failed and first is not None),
-        e2e_met=_met(frame.slo_e2e, last - frame.arrival if complete and last is not None else None, failed),
+        **timed,
     )
     return ended, gaps
+
+
+def _stopped(output: _Tracked, ended: EndedOutput, tokens: int) -> EndedOutput:
+    """An output as its client had it: until a stop string, after so many tokens."""
+    timed, _ = _timed(output.frame, output.progress.times[:tokens], complete=True, failed=False)
+    return replace(ended, reason=FinishReason.STOP.value, **timed)
+
+
+def _timed(frame: Submit, at: Sequence[float], complete: bool, failed: bool) -> tuple[dict[str, Any], Floats]:
+    """What the times of an output's tokens tell of it, and the gaps between them in order of size."""
+    times = np.array(at)
+    gaps = np.sort(np.diff(times))
+    first, last = (float(times[0]), float(times[-1])) if len(times) else (None, None)
+    tbt_p99 = nearest_rank(gaps, 0.99)
+    timed = {
+        "first_token": first,
+        "last_token": last,
+        "output_tokens": len(times),
+        "tbt_p50": nearest_rank(gaps, 0.5),
+        "tbt_p99": tbt_p99,
+        "tbt_max": float(gaps[-1]) if len(gaps) else None,
+        "ttft_met": _met(frame.slo_ttft, None if first is None else first - frame.arrival, failed),
+        "tbt_met": _met(frame.slo_tbt, tbt_p99, failed and first is not None),
+        "e2e_met": _met(
+            frame.slo_e2e, last - frame.arrival if complete and last is not None else None, failed
+        ),
+    }
+    return timed, gaps
 
 
 def _met(target: float | None, seconds: float | None, failed: bool) -> bool | None:
