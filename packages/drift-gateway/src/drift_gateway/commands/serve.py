@@ -101,8 +101,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
 
 @click.command()
 @click.option(
-    "--model", default="demo", show_default=True, metavar="DIR|demo", help="A Hugging Face directory."
-)
+    "--model", default="demo", show_default=True, metavar="DIR|demo|random:SHAPE",
+    help="A Hugging Face directory, the model inside, or a published shape with random weights.",
+)  # fmt: skip
 @click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or simulated."
 )
