@@ -267,6 +267,29 @@ def test_log_probabilities_when_asked_for() -> None:
     run_with_gateway(body)
 
 
+def test_a_request_cancelled_here_raises_so_and_a_cancelled_task_stays_one() -> None:
+    async def body(under: UnderTest) -> None:
+        generation = under.client.generate(token_ids=[1], max_tokens=4000)
+        events = aiter(generation)
+        await anext(events)
+        generation.cancel()
+        with pytest.raises(api.Cancelled):
+            await drain(events)
+        generation = under.client.generate(token_ids=[1], max_tokens=4000)
+        waiting = asyncio.ensure_future(generation.complete())
+        await under.until(lambda engine: len(engine.submits()) == 2)
+        generation.cancel()
+        with pytest.raises(api.Cancelled):
+            await waiting
+        waiting = asyncio.ensure_future(under.client.generate(token_ids=[1], max_tokens=4000).complete())
+        await under.until(lambda engine: len(engine.submits()) == 3)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    run_with_gateway(body, step_seconds=0.01)
+
+
 def test_streams_are_interleaved() -> None:
     """Neither stream waits for the other: with steps taken one by one, each gets its token of each step."""
 

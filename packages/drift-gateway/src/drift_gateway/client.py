@@ -655,6 +655,7 @@ class AsyncGeneration:
 
     def __init__(self, call: Any) -> None:
         self._call = call
+        self._cancelled = False
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
@@ -663,6 +664,13 @@ class AsyncGeneration:
                     yield event
         except grpc.RpcError as error:
             raise error_of(error) from error
+        except (
+            asyncio.CancelledError
+        ) as error:  # which is also what gRPC raises for a call that was cancelled
+            task = asyncio.current_task()
+            if not self._cancelled or (task is not None and task.cancelling()):
+                raise
+            raise Cancelled(grpc.StatusCode.CANCELLED, "the request was cancelled here") from error
         finally:
             self._call.cancel()
 
@@ -678,7 +686,8 @@ class AsyncGeneration:
         return collector.completions()
 
     def cancel(self) -> None:
-        """Abort the request."""
+        """Abort the request: whoever waits for it gets `Cancelled`."""
+        self._cancelled = True
         self._call.cancel()
 
 
