@@ -410,6 +410,54 @@ def test_what_is_no_log_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert result.stderr.startswith(f"drift: log {path}")
 
 
+def names_used_again(lines: list[bytes]) -> list[bytes]:
+    """The same log of clients that use a name again as soon as its request has ended."""
+    called: dict[str, str] = {}
+    free: list[str] = []
+    steps = [json.loads(line) for line in lines[1:]]
+    for step in steps:
+        for event in step["events"]:
+            if (arrived := event.get("arrived")) is not None:
+                called[arrived["id"]] = arrived["id"] = free.pop() if free else arrived["id"]
+            if "stopped" in event:
+                event["stopped"] = [called[name] for name in event["stopped"]]
+        for chunk in step.get("gang", {}).get("prefill", {}).get("chunks", ()):
+            chunk[0] = called[chunk[0]]
+        for end in step.get("finished", ()):
+            end["id"] = called[end["id"]]
+            free.append(end["id"])
+    return [lines[0], *(json.dumps(step).encode() + b"\n" for step in steps)]
+
+
+def test_a_name_that_was_used_again_is_another_request(tmp_path: Path, log_lines: list[bytes]) -> None:
+    """Served by another policy the two may be there at once."""
+    again = names_used_again(log_lines)
+    assert again != log_lines
+    found = []
+    for lines in (log_lines, again):
+        report = replay([str(written(tmp_path, lines))], ["prefill-first"], None, load(installed=False))
+        found.append(report["logs"])
+    assert found[0] == found[1]
+
+
+def test_a_request_cancelled_with_its_last_token_under_way_is_no_fault(
+    tmp_path: Path, log_lines: list[bytes]
+) -> None:
+    """Its end is told at once; the lane that works on it says later that it stopped."""
+    steps = [json.loads(line) for line in log_lines[1:]]
+    launched = 0
+    for index, step in enumerate(steps):
+        if any("decode_done" in event for event in step["events"]) and step.get("finished"):
+            break
+        if "decode" in step.get("gang", {}):
+            launched = index
+    end = step["finished"].pop()
+    next(event for event in step["events"] if "decode_done" in event)["stopped"] = [end["id"]]
+    steps[launched].setdefault("finished", []).append(end)
+    lines = [log_lines[0], *(json.dumps(each).encode() + b"\n" for each in steps)]
+    assert len(list(open_log(written(tmp_path, lines)).steps())) == len(steps)
+
+
 def test_a_missing_log_and_an_unknown_policy_are_one_line(tmp_path: Path) -> None:
     assert "No such file" in drift("replay", str(tmp_path / "absent.jsonl")).stderr
     log = engine_log(tmp_path / "a.jsonl", "gang")

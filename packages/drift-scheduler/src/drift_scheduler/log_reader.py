@@ -7,8 +7,9 @@ Knows what a log says, not what a policy would make of it.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -283,7 +284,7 @@ def _steps(log: DecisionLogFile) -> Iterator[LoggedStep]:
     path = log.path
     lines = _lines(path)
     next(lines, None)
-    checks = _Checks(path)
+    checks, names = _Checks(path), _Names()
     log.truncated.clear()
     for number, data, ended in lines:
         try:
@@ -306,7 +307,47 @@ def _steps(log: DecisionLogFile) -> Iterator[LoggedStep]:
             raw.faults,
         )
         checks.take(step)
-        yield step
+        yield names.told_apart(step)
+
+
+class _Names:
+    """Requests under names of their own: a client may use a name again, and served by another policy the two may be
+    there at once. The second "a" is "a (2)"."""
+
+    def __init__(self) -> None:
+        self._times: Counter[str] = Counter()
+        self._now: dict[str, str] = {}  # what those are called that came under a used name
+
+    def told_apart(self, step: LoggedStep) -> LoggedStep:
+        """The step with these names."""
+        events = tuple([self._event(event) for event in step.events])
+        if not self._now:
+            return step
+        gang = step.gang
+        if gang is not None and gang.prefill is not None:
+            chunks = tuple((self._name(name), *rest) for name, *rest in gang.prefill.chunks)
+            prefill = msgspec.structs.replace(gang.prefill, chunks=chunks)
+            gang = msgspec.structs.replace(gang, prefill=prefill)
+        finished = tuple(msgspec.structs.replace(end, id=self._name(end.id)) for end in step.finished)
+        return replace(step, events=events, gang=gang, finished=finished)
+
+    def _name(self, name: str) -> str:
+        return self._now.get(name, name)
+
+    def _event(self, event: Event) -> Event:
+        match event:
+            case RequestArrived(request):
+                self._times[request.id] += 1
+                if (times := self._times[request.id]) == 1:
+                    return event
+                self._now[request.id] = f"{request.id} ({times})"
+                return RequestArrived(replace(request, id=self._now[request.id]))
+            case PrefillDone(stopped=stopped) | DecodeDone(stopped=stopped) if stopped and self._now:
+                return replace(event, stopped=tuple(map(self._name, stopped)))
+            case RequestCancelled(request_id) if request_id in self._now:
+                return replace(event, request_id=self._now[request_id])
+            case _:
+                return event
 
 
 def _event(raw: _Event, path: str, line: int) -> Event:
@@ -375,6 +416,8 @@ class _Checks:
         self._now = -math.inf
         self._known: set[str] = set()  # requests that arrived and did not end
         self._busy: set[Lane] = set()
+        # Requests whose end was told while these lanes worked: one that was cancelled may still stop in one of them.
+        self._leaving: dict[Lane, set[str]] = {lane: set() for lane in Lane}
 
     def take(self, step: LoggedStep) -> None:
         """Raise DriftError naming the line, or remember what later lines build on."""
@@ -387,7 +430,10 @@ class _Checks:
             self._event(step, event)
         if step.gang is not None:
             self._gang(step, step.gang)
-        self._known -= {end.id for end in step.finished}
+        ended = {end.id for end in step.finished}
+        self._known -= ended
+        for lane in self._busy:
+            self._leaving[lane] |= ended
 
     def _event(self, step: LoggedStep, event: Event) -> None:
         match event:
@@ -409,8 +455,9 @@ class _Checks:
             self._fail(step, f"the {lane.value} lane ends work that no gang began")
         self._busy.discard(lane)
         for request_id in stopped:
-            if request_id not in self._known:
+            if request_id not in self._known and request_id not in self._leaving[lane]:
                 self._fail(step, f"request '{request_id}' stops and is not there")
+        self._leaving[lane].clear()
 
     def _gang(self, step: LoggedStep, gang: LoggedGang) -> None:
         for lane, work in ((Lane.PREFILL, gang.prefill), (Lane.DECODE, gang.decode)):
