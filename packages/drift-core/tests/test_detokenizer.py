@@ -126,7 +126,7 @@ def test_an_invalid_byte_is_shown_once_it_is_certain_and_an_unfinished_character
 @settings(max_examples=300, deadline=None)
 @given(prompt=UNICODE, text=UNICODE, tokenizer=st.sampled_from([BYTES, FALLBACK]), sizes=CHUNKS)
 def test_what_follows_a_prompt_reads_as_it_does_behind_it(prompt, text, tokenizer, sizes):
-    before, ids = tokenizer.encode(f"a{prompt}"), tokenizer.encode(text)
+    before, ids = tokenizer.encode(f"{prompt}a"), tokenizer.encode(text)
     detokenizer = IncrementalDetokenizer(tokenizer, prompt=before)
     shown = "".join(detokenizer.push(piece) for piece in pieces(ids, sizes)) + detokenizer.finish()
     assert tokenizer.decode(before) + shown == tokenizer.decode([*before, *ids])
@@ -139,6 +139,12 @@ def test_a_first_word_keeps_the_space_before_it():
     ):  # fmt: skip
         detokenizer = IncrementalDetokenizer(FALLBACK, prompt=before)
         assert detokenizer.push([word, again]) == shown, before
+
+
+@pytest.mark.parametrize("prompt", ["東京", "a東京の天", "🤦🤦", "a🤦🤦🤦🤦"])
+def test_a_first_word_keeps_its_space_behind_characters_of_several_tokens(prompt):
+    detokenizer = IncrementalDetokenizer(FALLBACK, prompt=FALLBACK.encode(prompt))
+    assert detokenizer.push([FALLBACK._backend.token_to_id("▁do")]) == " do"
 
 
 def test_special_tokens_are_left_out_unless_wanted():

@@ -18,8 +18,8 @@ from typing import Final, Protocol
 MAX_PENDING_TOKENS: Final = 64
 """Tokens that may wait for the rest of a character before they are decoded as they are."""
 
-TOKENS_BEFORE: Final = 8
-"""Of the prompt, looked at to tell how the output goes on."""
+TOKENS_BEFORE: Final = (8, 16, 32)
+"""Of the prompt, looked at to tell how the output goes on; more where so few begin amid a character that is its end."""
 
 _REPLACEMENT: Final = "\ufffd"
 
@@ -61,7 +61,7 @@ class IncrementalDetokenizer:
         self._decoder = (
             _ByteDecoder(tokenizer, skip_special_tokens)
             if tokenizer.byte_level
-            else _WindowDecoder(tokenizer, skip_special_tokens, prompt[-TOKENS_BEFORE:])
+            else _WindowDecoder(tokenizer, skip_special_tokens, prompt)
         )
         self._stops = _StopSearch(stop, include_stop) if stop else None
         if not stop:  # one call less for each message of a stream
@@ -129,16 +129,18 @@ class _ByteDecoder:
 class _WindowDecoder:
     """Decodes from a token that has been shown already, and shows what was added to its text."""
 
-    def __init__(self, tokenizer: TokenText, skip_special_tokens: bool, before: Sequence[int]) -> None:
+    def __init__(self, tokenizer: TokenText, skip_special_tokens: bool, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window = list(before)
-        self._shown = len(self._window)  # leading tokens of the window whose text is out
-        self._shown_text = tokenizer.decode(self._window, skip_special_tokens)
-        if self._shown_text.endswith(
-            _REPLACEMENT
-        ):  # amid a character, of which it is not known what was shown
-            self._window, self._shown, self._shown_text = [], 0, ""
+        self._window: list[int] = []
+        self._shown = 0  # leading tokens of the window whose text is out
+        self._shown_text = ""
+        for count in TOKENS_BEFORE:
+            text = tokenizer.decode(prompt[-count:], skip_special_tokens)
+            if not text.endswith(_REPLACEMENT):
+                self._window, self._shown_text = list(prompt[-count:]), text
+                self._shown = len(self._window)
+                break
 
     def push(self, token_ids: Sequence[int]) -> str:
         return "".join([self._step(token) for token in token_ids])
