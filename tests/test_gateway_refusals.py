@@ -15,10 +15,13 @@ from gateway_under_test import PATIENCE_S, UnderTest, ready_in, run_with_gateway
 from drift_core.frames import Submit
 from drift_core.sampling_params import SamplingParams
 from drift_gateway import client as api
-from drift_gateway.access.tenants import ANYBODY
+from drift_gateway.access.security import Security, SecurityOptions
+from drift_gateway.access.tenants import ANYBODY, new_token, token_entry
+from drift_gateway.compat.wire import kserve_pb2
 from drift_gateway.observe.access_log import line_of
 from drift_gateway.observe.request_record import RequestRecord
 from drift_gateway.refusal import Reason, Refusal
+from drift_gateway.request_errors import error_of
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
 
@@ -192,6 +195,60 @@ def test_more_than_may_be_in_flight_is_refused_and_let_in_later() -> None:
         await under.client.generate(token_ids=[1], max_tokens=3, n=4).complete()
 
     run_with_gateway(body, max_in_flight=4, paused=True)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "drift.v1.GenerationService/Generate",
+        "drift.v1.GenerationService/Tokenize",
+        "drift.v1.InfoService/WatchStats",
+        "inference.GRPCInferenceService/ModelInfer",
+        "inference.GRPCInferenceService/ModelStreamInfer",
+        "vllm.grpc.engine.VllmEngine/Generate",
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    ],
+)
+@pytest.mark.parametrize("secured", [False, True])
+def test_what_is_no_message_is_refused_like_all_that_is_wrong(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, method: str, secured: bool
+) -> None:
+    """As often as it comes, with nothing in the log and no name of ours in the status."""
+    token = new_token()
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(token_entry("acme", token))
+    security = Security(SecurityOptions(tenants=tenants)) if secured else None
+
+    async def body(under: UnderTest) -> None:
+        async with grpc.aio.insecure_channel(under.target) as channel:
+            call = channel.stream_stream(f"/{method}")(metadata=(("authorization", f"Bearer {token}"),))
+            await call.write(b"\x0a\xff\xff")
+            await call.done_writing()
+            with pytest.raises(grpc.aio.AioRpcError, match="request: is not the message") as refused:
+                async for _ in call:
+                    pass
+        assert refused.value.code() is INVALID
+        assert error_of(refused.value).reason == Reason.INVALID_FIELD
+        assert "Traceback" not in caplog.text
+        assert (await under.client.generate(token_ids=[1], max_tokens=2).complete()).finish_reason == "length"
+
+    run_with_gateway(body, compat=("kserve", "vllm"), security=security, token=token if secured else None)
+
+
+def test_requests_before_one_that_is_none_are_answered(tmp_path: Path) -> None:
+    async def body(under: UnderTest) -> None:
+        async with grpc.aio.insecure_channel(under.target) as channel:
+            call = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")()
+            await call.write(kserve_pb2.ModelInferRequest(id="first", model_name="other").SerializeToString())
+            await call.write(b"\x0a\xff\xff")
+            answer = kserve_pb2.ModelStreamInferResponse.FromString(await call.read())
+            assert answer.infer_response.id == "first"
+            with pytest.raises(grpc.aio.AioRpcError, match="request: is not the message"):
+                await call.read()
+
+    run_with_gateway(body, compat=("kserve",))
 
 
 def test_an_id_in_flight_is_refused() -> None:

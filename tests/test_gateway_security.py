@@ -164,7 +164,7 @@ def test_a_service_nobody_thought_of_is_for_admins_alone() -> None:
 
 def test_without_tenants_nothing_is_in_between() -> None:
     async def body(under: UnderTest) -> None:
-        assert under.gateway.security.interceptors == ()
+        assert under.gateway.security.authenticator is None
         await under.client.generate(token_ids=[1], max_tokens=2).complete()
         assert under.engine.submits()[0].salt == ""
 

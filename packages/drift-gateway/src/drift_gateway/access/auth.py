@@ -19,6 +19,7 @@ from typing import Any, Final
 import grpc
 
 from drift_gateway.access.tenants import Role, Tenant, Tenants, set_current_tenant
+from drift_gateway.access.well_formed import kind_of, told
 from drift_gateway.refusal import Reason, Refusal, abort
 
 log = logging.getLogger("drift.gateway")
@@ -46,7 +47,6 @@ _METHOD_ROLES: Final = {
 _RATED: Final = frozenset({"/drift.v1.GenerationService/Tokenize", "/drift.v1.GenerationService/Detokenize"})
 """Methods that count as a request by themselves; those that generate are counted where they reach the engine."""
 _CHALLENGE: Final = "give a token in the metadata, as 'authorization: Bearer TOKEN'"
-_KINDS: Final = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 Details = grpc.HandlerCallDetails
 Continuation = Callable[[Details], Awaitable[Any]]
@@ -145,7 +145,7 @@ class Authenticator(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None:
             return None
-        kind, method = _kind_of(handler), details.method
+        kind, method = kind_of(handler), details.method
         behaviour = getattr(handler, kind)
 
         async def counted(requests: Any, context: Any) -> None:
@@ -197,17 +197,9 @@ def certificate_names(peer: Any) -> list[str]:
     return list(dict.fromkeys(name.decode(errors="replace") for name in found))
 
 
-def _kind_of(handler: Any) -> str:
-    return next(kind for kind in _KINDS if getattr(handler, kind) is not None)
-
-
 def _preceded(handler: Any, first: Callable[[Any], Awaitable[None]]) -> Any:
-    """The same handler, run after `first(context)`, which may abort the call.
-
-    One that yields its messages is turned into one that writes them, which is what grpc.aio does with it anyway: so
-    there is no layer more around each message.
-    """
-    kind = _kind_of(handler)
+    """The same handler, run after `first(context)`, which may abort the call."""
+    kind = kind_of(handler)
     behaviour = getattr(handler, kind)
     assert inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour), (
         "a grpc.aio handler"
@@ -215,11 +207,7 @@ def _preceded(handler: Any, first: Callable[[Any], Awaitable[None]]) -> Any:
 
     async def run(request: Any, context: Any) -> Any:
         await first(context)
-        if not inspect.isasyncgenfunction(behaviour):
-            return await behaviour(request, context)
-        async for response in behaviour(request, context):
-            await context.write(response)
-        return None
+        return await told(behaviour, request, context)
 
     return handler._replace(**{kind: run})
 

@@ -16,6 +16,7 @@ import grpc
 from drift_gateway.access.auth import Authenticator
 from drift_gateway.access.tenants import Tenant, Tenants
 from drift_gateway.access.tls import ServerTls, TlsFiles
+from drift_gateway.access.well_formed import WellFormed
 from drift_scheduler.errors import DriftError
 
 
@@ -76,6 +77,7 @@ class Security:
         self.tls = None if files is None else ServerTls(files)
         self.tenants: Tenants | None = None
         self.authenticator: Authenticator | None = None
+        self._well_formed = WellFormed()
         if options.tenants is not None or options.client_ca is not None:
             self.tenants = Tenants(options.tenants)
             self.authenticator = Authenticator(self.tenants, certificates=options.client_ca is not None)
@@ -88,7 +90,7 @@ class Security:
     @property
     def interceptors(self) -> Sequence[grpc.aio.ServerInterceptor]:
         """For every grpc.aio.server of this process, on whatever port."""
-        return () if self.authenticator is None else (self.authenticator,)
+        return (self._well_formed,) if self.authenticator is None else (self.authenticator, self._well_formed)
 
     def known_tenants(self) -> tuple[Tenant, ...]:
         """Those who may call, as the file or the certificates seen say now."""
