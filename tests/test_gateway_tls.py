@@ -283,6 +283,10 @@ FAULTS: dict[str, tuple[Callable[[Authority], SecurityOptions], str]] = {
         lambda ours: _written(ours, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"),
         "server.pem has a damaged certificate",
     ),
+    "damaged, and no ASCII": (
+        lambda ours: _written(ours, "-----BEGIN CERTIFICATE-----\nÄÄÄÄ\n-----END CERTIFICATE-----\n"),
+        "server.pem has a damaged certificate",
+    ),
     "no key": (lambda ours: _written(ours, key="hello"), "server.key has no key in PEM form"),
     "another's key": (_mismatched, "other.key is not the key of the certificate in .*server.pem"),
     "passphrase": (_encrypted, "server.key is protected by a passphrase"),

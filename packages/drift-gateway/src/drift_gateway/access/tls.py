@@ -83,7 +83,7 @@ def _first_certificate(path: Path, data: bytes) -> str:
         raise DriftError(f"{path} has no certificate in PEM form (-----BEGIN CERTIFICATE-----)")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=found[0])
-    except (ssl.SSLError, ValueError) as error:
+    except (ssl.SSLError, ValueError, TypeError) as error:  # the last of what is not ASCII
         raise DriftError(f"{path} has a damaged certificate: {_reason(error)}") from error
     return found[0]
 
@@ -134,8 +134,11 @@ def _as_a_client_sees_it(server: ssl.SSLContext, leaf: str, path: Path) -> dict[
 
 def _check_dates(facts: dict[str, Any], path: Path, now: float) -> float:
     """When the certificate ends. Raises DriftError where that has been, or where it has not begun."""
-    begins = ssl.cert_time_to_seconds(facts["notBefore"])
-    expires = ssl.cert_time_to_seconds(facts["notAfter"])
+    try:
+        begins = ssl.cert_time_to_seconds(facts["notBefore"])
+        expires = ssl.cert_time_to_seconds(facts["notAfter"])
+    except ValueError as error:
+        raise DriftError(f"{path} has a damaged certificate: {_reason(error)}") from error
     if now >= expires:
         raise DriftError(f"the certificate in {path} expired: it was valid until {facts['notAfter']}")
     if now < begins:
