@@ -19,6 +19,7 @@ from tokenizers import decoders, models
 from drift_core import submission
 from drift_core.frames import Cancel, Submit
 from drift_gateway import client as api
+from drift_gateway.observe.request_record import RequestRecord
 from drift_gateway.request_errors import RequestError
 from drift_gateway.v1 import generation_pb2 as pb
 from drift_gateway.v1 import generation_pb2_grpc
@@ -470,6 +471,8 @@ def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(
     monkeypatch.setattr(submission, "GIVEN_UP_S", 0.05)
 
     async def body(under: UnderTest) -> None:
+        records: list[RequestRecord] = []
+        under.gateway.generations.recorders.append(records.append)
         async with narrow_client(under.target) as client:
             stalled = client.generate(token_ids=[1], max_tokens=64_000, **asked_for(outputs))
             await under.until(lambda engine: len(engine.cancels()) == outputs)
@@ -480,6 +483,9 @@ def test_one_that_never_comes_to_hear_why_it_was_ended_is_given_up(
                 with pytest.raises(api.Overloaded, match="too slowly") as ended:
                     await stalled.complete()
             assert ended.value.reason == "SLOW_READER"
+            assert [(record.code, record.reason) for record in records] == [
+                ("RESOURCE_EXHAUSTED", "SLOW_READER")
+            ]
 
     run_with_gateway(body, ready=msgspec.structs.replace(READY, max_context=65536), step_seconds=0.0)
 

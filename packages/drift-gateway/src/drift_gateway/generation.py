@@ -97,6 +97,7 @@ class Generations:
             for output_id in admitted.output_ids:
                 supervisor.ahead.remove(output_id)
             supervisor.splits.forget(admitted.output_ids)
+            record.too_slow = submission.lagging
             stopped_after = {output.progress.id: output.stopped_after for output in outputs}
             record.outputs = supervisor.ended(submission, stopped_after)
 

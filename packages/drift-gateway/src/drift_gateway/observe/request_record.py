@@ -19,7 +19,7 @@ from drift_core.link import EngineGone
 from drift_gateway.access.tenants import current_tenant
 from drift_gateway.calls import Call
 from drift_gateway.observe.service_stats import EndedOutput
-from drift_gateway.refusal import Reason, Refusal, incident_of
+from drift_gateway.refusal import CASES, Reason, Refusal, incident_of
 
 if TYPE_CHECKING:
     from drift_gateway.v1 import generation_pb2 as pb
@@ -36,7 +36,7 @@ class RequestRecord:
 
     `code`: name of its gRPC status; `reason`: of its ErrorInfo, where it was refused; `incident`: the id in the message
     of an INTERNAL, under which the log has the details. `request_id` is `None` where it
-    brought none and was refused before it got one.
+    brought none and was refused before it got one. `too_slow`: it was ended because its client did not read.
     """
 
     call: Call
@@ -47,6 +47,7 @@ class RequestRecord:
     slo_class: str
     priority: int
     demoted: bool = False
+    too_slow: bool = False
     outputs: Sequence[EndedOutput] = ()
     code: str = "OK"
     reason: str | None = None
@@ -73,6 +74,8 @@ class RequestRecord:
         match error:
             case None:
                 pass
+            case GeneratorExit() | asyncio.CancelledError() if self.too_slow:
+                self.code, self.reason = CASES[Reason.SLOW_READER].code.name, str(Reason.SLOW_READER)
             case GeneratorExit() | asyncio.CancelledError() | grpc.aio.InternalError():
                 self.code = "CANCELLED"  # the client left, or nothing could be sent to it any more
             case Refusal():
