@@ -117,6 +117,28 @@ def test_requests_are_served_cancelled_and_refused_over_the_socket() -> None:
     assert (last.load.waiting, last.load.running) == (0, 0)
 
 
+def test_a_refusal_says_no_lane_idle_that_works() -> None:
+    """What a frame tells of the lanes holds until the next one, which may be long after."""
+    steps: list[StepFrame] = []
+    settings = config(device="simulated", simulate="step_ms=50", kv_memory_bytes=None, profile="short")
+
+    async def body() -> None:
+        async with engine(settings, [], steps) as (client, _):
+            await asyncio.wait_for(client.ready(), PATIENCE_S)
+            running = client.submit([submit("a", [5], max_tokens=200)])
+            while running.requests[0].behind < 3:
+                await asyncio.wait_for(running.changed(), PATIENCE_S)
+            await ended(client.submit([submit("bad", [10**6])]))
+            running.cancel()
+
+    asyncio.run(body())
+    (refusal,) = [frame for frame in steps if any(item.id == "bad" for item in frame.finished)]
+    before = steps[steps.index(refusal) - 1]
+    assert (refusal.decode_requests, refusal.load) == (1, None)
+    assert refusal.partition is not None
+    assert (refusal.partition, refusal.sharing) == (before.partition, before.sharing)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [({"model": "nowhere"}, "no model directory 'nowhere'"), ({"dispatch": "x"}, "installed: ")],

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -38,7 +39,7 @@ from drift_core.frames import (
     TokensItem,
     pack_ids,
 )
-from drift_core.lanes_now import LanesNow
+from drift_core.lanes_now import IDLE, LanesNow
 from drift_core.link import EngineLink
 from drift_core.operations import Operations
 from drift_core.origins import IdInUseError, Origin, Origins
@@ -105,6 +106,7 @@ class _Session:
         self._operations: Operations | None = None
         self._ending = False
         self._last: LanesNow | None = None
+        self._telling = threading.Lock()  # a refusal tells of the same lanes as the step before it
         self._origins = Origins(self._send_first)
         self._joined: dict[Origin, EngineLink] = {}
 
@@ -193,7 +195,8 @@ class _Session:
                 finished=now,
                 id_in_use=isinstance(error, IdInUseError),
             )
-            origin.send(StepFrame(now, finished=[item]))
+            with self._telling:
+                origin.send(StepFrame(now, finished=[item], **_told_of(self._last or IDLE)))
 
         try:
             entered = self._origins.enter(origin, frame.id, frame.sampling.least_tokens)
@@ -241,10 +244,11 @@ class _Session:
         lanes = engine.executor.lanes_now()
         if not step.outputs and lanes == self._last and not self._origins.news_due:
             return
-        self._last = lanes
         frame = step_frame(engine, step, lanes, operations.errors, operations.overload_s())
-        for origin, part in self._origins.share(frame, engine.scheduler.live):
-            origin.send(part)
+        with self._telling:
+            self._last = lanes
+            for origin, part in self._origins.share(frame, engine.scheduler.live):
+                origin.send(part)
 
 
 def step_frame(
@@ -275,16 +279,13 @@ def step_frame(
                 )
             case Finished():
                 finished.append(_finished(output))
-    scheduler, partition = engine.scheduler, lanes.partition
+    scheduler = engine.scheduler
     return StepFrame(
         time=scheduler.now,
         accepted=accepted,
         tokens=tokens,
         finished=finished,
-        partition=None if partition is None else (partition.prefill, partition.decode),
-        sharing=None if lanes.sharing is None else lanes.sharing.value,
-        prefill_requests=lanes.prefill_requests,
-        decode_requests=lanes.decode_requests,
+        **_told_of(lanes),
         load=LoadItem(
             len(scheduler.queue),
             scheduler.running,
@@ -295,6 +296,17 @@ def step_frame(
             overload_s,
         ),
     )
+
+
+def _told_of(lanes: LanesNow) -> dict[str, Any]:
+    """The fields of a StepFrame that tell of the lanes."""
+    partition, sharing = lanes.partition, lanes.sharing
+    return {
+        "partition": None if partition is None else (partition.prefill, partition.decode),
+        "sharing": None if sharing is None else sharing.value,
+        "prefill_requests": lanes.prefill_requests,
+        "decode_requests": lanes.decode_requests,
+    }
 
 
 def _logprobs(output: Tokens) -> dict[str, TokenLogprob] | None:
