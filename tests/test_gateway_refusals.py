@@ -277,8 +277,8 @@ def test_an_id_is_in_use_until_its_stream_has_ended_too() -> None:
         with pytest.raises(Refusal, match="'same' is in flight already") as refused:
             supervisor.submit(served, [frame])
         assert refused.value.reason == Reason.REQUEST_ID_IN_USE
-        supervisor.ended(unread)
-        supervisor.ended(supervisor.submit(served, [frame]))
+        supervisor.ended(unread, {})
+        supervisor.ended(supervisor.submit(served, [frame]), {})
         assert ANYBODY.usage.in_flight == before
 
     run_with_gateway(body)
