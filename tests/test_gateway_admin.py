@@ -13,12 +13,14 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner
+from fake_engine import PATIENCE_S
 from gateway_under_test import UnderTest, run_with_gateway
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from drift_core.frames import FlushPrefixes, SetPolicy, StartTrace
+from drift_core.link import EngineClient
 from drift_gateway import client as api
 from drift_gateway import generation, serving
 from drift_gateway.admin import ADMIN, AdminPort
@@ -178,6 +180,32 @@ def test_what_is_being_tokenized_when_a_server_drains_is_refused_and_not_let_in_
         assert under.engine.submits() == []
 
     with_admin(body)
+
+
+def test_what_waits_for_its_name_when_a_server_drains_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, free = asyncio.Event(), EngineClient.free
+
+    async def told(self: EngineClient, request_ids: list[str]) -> None:
+        waits.set()
+        await free(self, request_ids)
+
+    async def body(under: UnderTest, admin: Any) -> None:
+        first = under.client.generate(token_ids=[1], max_tokens=4, request_id="again")
+        await under.until(lambda engine: len(engine.submits()) == 1)
+        first.cancel()
+        await under.until(lambda engine: len(engine.cancels()) == 1)
+        monkeypatch.setattr(EngineClient, "free", told)
+        asked = asyncio.ensure_future(
+            under.client.generate(token_ids=[1], max_tokens=4, request_id="again").complete()
+        )
+        await waits.wait()
+        assert (await admin.Drain(pb.DrainRequest())).in_flight == 0
+        under.engine.step()
+        with pytest.raises(api.Unavailable, match="an operator drains it"):
+            await asyncio.wait_for(asked, PATIENCE_S)
+        assert len(under.engine.submits()) == 1
+
+    with_admin(body, paused=True)
 
 
 @pytest.mark.parametrize("everything", [False, True])
