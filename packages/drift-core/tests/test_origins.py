@@ -18,6 +18,8 @@ from drift_core.frames import Answer, Failed, FinishedItem, Join, Others, SetPol
 from drift_core.link import EngineClient, Submission
 from drift_core.origins import IdInUseError, Origins
 from drift_core.sampling_params import SamplingParams
+from drift_scheduler.domain import SLO, Request
+from drift_scheduler.tracked import Tracked
 
 PATIENCE_S = 60.0
 
@@ -210,6 +212,28 @@ def test_ids_are_free_before_it_is_told_that_their_requests_ended() -> None:
         assert origins_of.requests == {origins_of.inside("x#0")}
         origins.end(origins_of.inside("x#0"))
         origins.join(other, Failed("a greeting"))
+
+
+def test_one_that_comes_later_is_not_told_of_what_will_never_end_for_it() -> None:
+    """A cancelled request's end is told at once, while its lane still works on it."""
+
+    def tracked(request_id: str) -> Tracked:
+        return Tracked(Request(request_id, 0.0, 5, 9, SLO(1.0, 0.1)), (1, 0, 0.0, 1))
+
+    told: list[Any] = []
+    origins = Origins(lambda frame: None)
+    live = {request_id: tracked(request_id) for request_id in ("runs#0", "ends#0")}
+    for request_id in live:
+        assert origins.enter(origins.first, request_id)
+    end = FinishedItem("ends#0", "cancelled")
+    for origin, frame in origins.share(StepFrame(1.0, finished=[end]), live):
+        origin.send(frame)
+    late = origins.new()
+    late.send = told.append
+    assert origins.join(late, Failed("a greeting"))
+    for origin, frame in origins.share(StepFrame(2.0), live):
+        origin.send(frame)
+    assert [other.id for other in told[1].others.accepted] == ["runs#0"]
 
 
 def test_ids_are_free_again_when_requests_end() -> None:

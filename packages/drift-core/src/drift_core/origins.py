@@ -210,8 +210,15 @@ class Origins:
         )
 
     def _there(self, origin: Origin, live: Mapping[str, Tracked]) -> dict[str, list[OtherItem] | list[str]]:
-        """What a gateway that has just come has to know of: others' requests, and which of them have a token."""
-        found = [(name, tracked) for name, tracked in live.items() if name not in origin.requests]
+        """What a gateway that has just come has to know of: others' requests, and which of them have a token.
+
+        Not of those whose end was told already, and whose lane is not done yet: it would never hear of that end.
+        """
+        found = [
+            (name, tracked)
+            for name, tracked in live.items()
+            if name in self._owners and name not in origin.requests
+        ]
         return {
             "accepted": [self._other(name, tracked, tracked.cached) for name, tracked in found],
             "first": [name for name, tracked in found if tracked.first_token_at is not None],
