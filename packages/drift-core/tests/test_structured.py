@@ -22,7 +22,7 @@ from drift_core import LLM, SamplingParams
 from drift_core.joining import Joining
 from drift_core.sampler import SamplerState, sample
 from drift_core.sampling_params import MAX_CHOICES, SamplingError, Structured
-from drift_core.structured import Compiler, CompilerBusyError, FormError, Vocabulary, compile_form
+from drift_core.structured import Compiler, CompilerBusyError, FormError, Matcher, Vocabulary, compile_form
 from drift_core.tokenizer import Tokenizer
 from drift_scheduler.domain import RequestCancelled
 from drift_scheduler.errors import DriftError
@@ -461,6 +461,25 @@ def test_a_request_joins_when_its_form_is_ready_and_its_cancellation_after_it() 
     assert not joining.hold(RequestCancelled("r"))
     joining.join("s", form, lambda matcher: told.append("at once"), lambda error: None, cancelled)
     assert told[-1] == "at once"
+    joining.close()
+
+
+def test_a_request_that_cannot_join_for_whatever_reason_is_told_so() -> None:
+    joining = Joining(vocabulary())
+    told: list[str] = []
+    done = threading.Event()
+
+    def broken(matcher: Matcher) -> None:
+        raise RuntimeError("out of order")
+
+    def refused(error: DriftError) -> None:
+        told.append(str(error))
+        done.set()
+
+    joining.join("r", Structured("regex", "a"), broken, refused, lambda event: None)
+    assert done.wait(30)
+    assert told == ["structured.regex: out of order"]
+    assert not joining.hold(RequestCancelled("r"))
     joining.close()
 
 

@@ -78,7 +78,7 @@ class Joining:
             if error is None:
                 try:
                     ready(done.result().matcher())
-                except DriftError as refusal:
+                except Exception as refusal:  # whoever waits is told, whatever it is
                     error = refusal
             with self._lock:
                 held = self._held.pop(request_id, [])
