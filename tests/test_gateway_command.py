@@ -70,6 +70,7 @@ def test_flags_reach_the_engine(asked: list[serving.ServeOptions]) -> None:
     )
     flags += (
         " --partition static:decode_units=1 --slo-ttft 0.5 --slo-tbt 0.02 --kv-memory 1.5GiB --max-running 8"
+        " --served-model-name mine"
     )
     flags += " --cores 2 --profile none --grace 3 --max-in-flight 9"
     assert serve(*flags.split()) == (0, "")
@@ -81,6 +82,7 @@ def test_flags_reach_the_engine(asked: list[serving.ServeOptions]) -> None:
     assert (engine.partition, engine.partition_options) == ("static", {"decode_units": 1})
     assert (engine.slo_ttft, engine.slo_tbt, engine.kv_memory_bytes) == (0.5, 0.02, 3 * 2**29)
     assert (engine.max_running, engine.profile) == (8, "none")
+    assert (engine.model, engine.served_model_name) == ("/m", "mine")
 
 
 def test_the_configuration_file_gives_defaults_and_flags_win(
@@ -140,6 +142,7 @@ def test_a_wrong_configuration_file(
         ("--listen ::1:70", "is no address"),
         ("--kv-memory much", "'much' is no size"),
         ("--max-running 0", "--max-running"),
+        ("--served-model-name=", "served_model_name: Expected `str` of length >= 1"),
         ("--slo-tbt -1", "'--slo-tbt': -1.0 is not in the range 0<x<=86400"),
         ("--slo-ttft nan", "'--slo-ttft': 'nan' is no number"),
         ("--grace nan", "'--grace': 'nan' is no number"),

@@ -60,15 +60,17 @@ Progress = Callable[[str, float], None]
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to serve and how.
 
-    `model`: a local Hugging Face directory, or "demo". `cost`: "auto" fits the profile; any other name is an
-    installed cost model. `profile`: "short" measures at start (or takes the cached table of an earlier start),
-    "none" does not, anything else is the path of a table that `drift profile` wrote. `log`: path of a decision
-    log. `cores`: how many CPU cores to use, all allowed ones when not given. `load_format`: "auto" reads the
-    checkpoint, "dummy" makes random weights of its shape. `simulate`: what the device "simulated" pretends to be,
-    "DEVICE/MODEL" or "step_ms=10" (see `drift_core.simulated`). Times are seconds.
+    `model`: a local Hugging Face directory, or "demo". `served_model_name`: what clients call it, `model` when not
+    given. `cost`: "auto" fits the profile; any other name is an installed cost model. `profile`: "short" measures
+    at start (or takes the cached table of an earlier start), "none" does not, anything else is the path of a table
+    that `drift profile` wrote. `log`: path of a decision log. `cores`: how many CPU cores to use, all allowed ones
+    when not given. `load_format`: "auto" reads the checkpoint, "dummy" makes random weights of its shape.
+    `simulate`: what the device "simulated" pretends to be, "DEVICE/MODEL" or "step_ms=10" (see
+    `drift_core.simulated`). Times are seconds.
     """
 
     model: str
+    served_model_name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     device: str = "auto"
     dtype: str = "auto"
     dispatch: str = "drift"
@@ -201,7 +203,7 @@ class Engine:
         """What clients may want to know of it."""
         device, plan, config = self.executor.device, self.executor.plan, self.config
         return Ready(
-            model=config.model,
+            model=config.served_model_name or config.model,
             directory=str(self.directory),
             pid=pid,
             vocab_size=self.model.vocab_size,

@@ -105,6 +105,9 @@ def _read_config(ctx: click.Context, param: click.Parameter, path: str | None) -
     help="A Hugging Face directory, the model inside, or a published shape with random weights.",
 )  # fmt: skip
 @click.option(
+    "--served-model-name", metavar="NAME", help="What clients call the model. Default: what --model says."
+)
+@click.option(
     "--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or simulated."
 )
 @click.option(

@@ -112,7 +112,7 @@ class VllmEngineService(vllm_engine_pb2_grpc.VllmEngineServicer):
     async def GetModelInfo(
         self, request: vllm.GetModelInfoRequest, context: Any
     ) -> vllm.GetModelInfoResponse:
-        """The model, under the name it is served by; no path of this machine."""
+        """The model, under the name it is served by."""
         async with refusals_as_statuses(context):
             ready = self._supervisor.serving().ready
         return vllm.GetModelInfoResponse(
