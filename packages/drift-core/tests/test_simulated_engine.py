@@ -160,7 +160,10 @@ def test_what_cannot_be_simulated_is_said_in_one_line(spec: str, says: str) -> N
 
 
 def test_clients_call_the_model_by_the_name_that_it_is_served_under() -> None:
-    assert [started(**fields).facts(1).model for fields in ({}, {"served_model_name": "mine"})] == ["demo", "mine"]
+    assert [started(**fields).facts(1).model for fields in ({}, {"served_model_name": "mine"})] == [
+        "demo",
+        "mine",
+    ]
 
 
 def test_its_process_loads_no_torch() -> None:
