@@ -200,6 +200,10 @@ SHAREGPT = ("--workload", "sharegpt", "--dispatch", "gang")
         ((*SHAREGPT, "--slo-ttft", "0"), "slo-ttft is 0.0"),
         ((*SHAREGPT, "--slo-tbt", "nan"), "slo-tbt is nan"),
         ((*SHAREGPT, "--noise", "-1"), "noise is -1.0"),
+        (
+            ("--workload", "synthetic:input_min=x", "--dispatch", "gang"),
+            "workload 'synthetic' (plugin drift-scheduler) with input_min='x': ",
+        ),
         ((*SHAREGPT, "--kv-pages", "0"), "kv-pages is 0"),
         ((*SHAREGPT, "--page-tokens", "0"), "page-tokens is 0"),
         ((*SHAREGPT, "--page-tokens", "100000000"), "page-tokens is 100000000, more than the 4"),

@@ -97,7 +97,9 @@ class Registry:
         except DriftError:
             raise
         except (TypeError, ValueError) as error:
-            raise OptionError(f"{kind} '{name}' (plugin {entry.plugin}): {error}") from error
+            given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+            told = f"{kind} '{name}' (plugin {entry.plugin}){f' with {given}' if given else ''}: {error}"
+            raise OptionError(told) from error
 
     def observers(self, config: Mapping[str, Any]) -> list[Any]:
         """Every observer the plugins offer for this configuration.
