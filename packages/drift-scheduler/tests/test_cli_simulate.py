@@ -202,7 +202,7 @@ SHAREGPT = ("--workload", "sharegpt", "--dispatch", "gang")
         ((*SHAREGPT, "--noise", "-1"), "noise is -1.0"),
         (
             ("--workload", "synthetic:input_min=x", "--dispatch", "gang"),
-            "workload 'synthetic' (plugin drift-scheduler) with input_min='x': ",
+            "workload 'synthetic' (plugin drift-scheduler) with rate=8.0, requests=60, input_min='x': ",
         ),
         ((*SHAREGPT, "--kv-pages", "0"), "kv-pages is 0"),
         ((*SHAREGPT, "--page-tokens", "0"), "page-tokens is 0"),
