@@ -97,7 +97,9 @@ class Registry:
         except DriftError:
             raise
         except (TypeError, ValueError) as error:
-            written = {option: value for option, value in options.items() if isinstance(value, str | int | float)}
+            written = {
+                option: value for option, value in options.items() if isinstance(value, str | int | float)
+            }
             given = ", ".join(f"{option}={value!r}" for option, value in written.items())
             told = f"{kind} '{name}' (plugin {entry.plugin}){f' with {given}' if given else ''}: {error}"
             raise OptionError(told) from error
